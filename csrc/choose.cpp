@@ -1,0 +1,147 @@
+#include "choose.h"
+
+#include <algorithm>
+
+namespace dsconv {
+
+// The implementations live in objects compiled for their target; only their addresses are known here.
+#define DSCONV_DECLARE_CPU(isa)                                                                       \
+  namespace cpu::isa {                                                                                \
+  extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight, tiled_mask; \
+  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                               \
+  extern const Kernel<SeparableProblem> fused_forward;                                                \
+  extern const Packer panel_packer;                                                                   \
+  }
+DSCONV_DECLARE_CPU(avx512)
+DSCONV_DECLARE_CPU(avx2)
+DSCONV_DECLARE_CPU(portable)
+#undef DSCONV_DECLARE_CPU
+namespace cpu::reference {
+extern const Kernel<DepthwiseProblem> depthwise_forward, depthwise_grad_input, depthwise_grad_weight, depthwise_mask;
+extern const Kernel<PointwiseProblem> pointwise_forward, pointwise_grad_weight;
+}  // namespace cpu::reference
+namespace cuda {
+extern const Kernel<DepthwiseProblem> direct_forward;
+}  // namespace cuda
+
+const std::vector<Row>& kernel_table() {
+  static const std::vector<Row> table = {
+#define DSCONV_KERNEL(pass, name, target, efficiency, implementation) Row{Pass::pass, #name, Target::target, efficiency, &implementation},
+#include "kernels.inc"
+#undef DSCONV_KERNEL
+  };
+  return table;
+}
+
+const Packer* packer_of(Target target) {
+#if DSCONV_X86
+  if (target == Target::avx512) return &cpu::avx512::panel_packer;
+  if (target == Target::avx2) return &cpu::avx2::panel_packer;
+#endif
+  return target == Target::portable ? &cpu::portable::panel_packer : nullptr;
+}
+
+const char* name_of(Pass pass) {
+  static constexpr const char* kNames[] = {"depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad", "mask", "pointwise_fwd", "pointwise_wgrad", "separable_fwd"};
+  return kNames[static_cast<int>(pass)];
+}
+const char* name_of(Target target) {
+  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "cuda"};
+  return kNames[static_cast<int>(target)];
+}
+const char* name_of(DType dtype) {
+  static constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+namespace {
+
+// Work and traffic of a problem. Bytes count every tensor once.
+struct Cost {
+  double flops, bytes;
+};
+
+Cost cost_of(const DepthwiseProblem& p) {
+  const double outputs = numel(p.batch, p.channels * p.multiplier, p.window.out), inputs = numel(p.batch, p.channels, p.window.in);
+  return {2 * outputs * product(p.window.taps), (outputs + inputs) * element_size(p.dtype)};
+}
+Cost cost_of(const PointwiseProblem& p) {
+  const double positions = p.batch * product(p.size);
+  const double values = positions * (p.in_channels + p.out_channels) + double(p.in_channels) * p.out_channels;
+  return {2 * positions * p.in_channels * p.out_channels, values * element_size(p.dtype)};
+}
+
+double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine) {
+  // A narrower instruction set halves the rate per step; fp64 halves it again.
+  const int steps = machine.target == Target::cuda ? 0 : static_cast<int>(machine.target) - static_cast<int>(row.target);
+  const double rate = machine.peak_gflops * row.efficiency / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
+  const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
+  return std::max(cost.flops / rate, cost.bytes / bandwidth) * 1e-3;
+}
+
+const char* why_not(const Row& row, const Machine& machine) {
+  if ((row.target == Target::cuda) != (machine.target == Target::cuda)) return "runs on another device";
+  return row.target > machine.target ? "the processor, or DSCONV_CPU_ISA, does not allow its instruction set" : nullptr;
+}
+
+bool is_preferred(const Row& row, const Preferred& preferred) {
+  return std::find(preferred.begin(), preferred.end(), row.name) != preferred.end();
+}
+
+}  // namespace
+
+double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) { return time_us(cost_of(p), row, p.dtype, machine); }
+double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) { return time_us(cost_of(p), row, p.dtype, machine); }
+double estimate_us(const Row& row, const SeparableProblem& p, const Machine& machine) {
+  // The depthwise half runs at about half the rate of the product, and its map stays in the cache.
+  const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
+  const double map = 2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
+  return time_us({2 * depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p.depthwise.dtype, machine);
+}
+
+template <class Problem>
+const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred, std::vector<Candidate>* candidates) {
+  const Row* best = nullptr;
+  double best_us = 0;
+  for (const Row& row : kernel_table()) {
+    if (row.pass != pass) continue;
+    const char* reason = why_not(row, machine);
+    if (!reason) reason = kernel_of<Problem>(row).can_run(problem);
+    double us = reason ? 0 : estimate_us(row, problem, machine);
+    if (candidates) candidates->push_back({row.name, us, reason});
+    if (reason) continue;
+    if (!preferred.empty() && is_preferred(row, preferred)) us = -1;
+    if (!best || us < best_us) {
+      best = &row;
+      best_us = us;
+    }
+  }
+  return best;
+}
+
+template const Row* choose(Pass, const DepthwiseProblem&, const Machine&, const Preferred&, std::vector<Candidate>*);
+template const Row* choose(Pass, const PointwiseProblem&, const Machine&, const Preferred&, std::vector<Candidate>*);
+template const Row* choose(Pass, const SeparableProblem&, const Machine&, const Preferred&, std::vector<Candidate>*);
+
+SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Machine& machine, const Preferred& preferred,
+                                 std::vector<Candidate>* candidates) {
+  SeparableChoice choice{choose(Pass::separable_fwd, p, machine, preferred, candidates), nullptr, nullptr};
+  std::vector<Candidate> parts;
+  if (!choice.fused || fuse != Fuse::always || candidates) {
+    choice.depthwise = choose(Pass::depthwise_fwd, p.depthwise, machine, preferred);
+    choice.pointwise = choose(Pass::pointwise_fwd, p.pointwise, machine, preferred);
+  }
+  const bool separate = choice.depthwise && choice.pointwise;
+  const double separate_us = separate ? estimate_us(*choice.depthwise, p.depthwise, machine) + estimate_us(*choice.pointwise, p.pointwise, machine) : 0;
+  if (candidates) {
+    const std::string name = separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
+    candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
+  }
+  if (!choice.fused || !separate || fuse == Fuse::always) return choice;
+  const bool forced = is_preferred(*choice.depthwise, preferred) || is_preferred(*choice.pointwise, preferred);
+  const bool keep = is_preferred(*choice.fused, preferred) || (!forced && estimate_us(*choice.fused, p, machine) <= separate_us);
+  if (fuse == Fuse::never || !keep) choice.fused = nullptr;
+  return choice;
+}
+
+}  // namespace dsconv

@@ -1,0 +1,77 @@
+// Which row of kernels.inc runs: legality and estimated cost of every row, from the problem and a description of the machine.
+// Pure: no torch, no hardware is asked, so tests choose for machines they do not have.
+#pragma once
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "geometry.h"
+#include "problem.h"
+
+namespace dsconv {
+
+enum class Pass : uint8_t { depthwise_fwd, depthwise_dgrad, depthwise_wgrad, mask, pointwise_fwd, pointwise_wgrad, separable_fwd };
+
+// Instruction sets in ascending order, then devices.
+enum class Target : uint8_t { portable, avx2, avx512, cuda };
+
+// The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
+struct Machine {
+  Target target;         // the best instruction set allowed, or cuda
+  int sm;                // compute capability times ten, 0 on a CPU
+  double peak_gflops;    // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
+  double cache_gbs;      // one core's L2, or the device's L2
+  double memory_gbs;     // beyond the caches
+  int64_t cache_bytes;   // what stays in the cache between two passes
+};
+
+struct Row {
+  Pass pass;
+  const char* name;
+  Target target;
+  double efficiency;
+  std::variant<const Kernel<DepthwiseProblem>*, const Kernel<PointwiseProblem>*, const Kernel<SeparableProblem>*> kernel;
+};
+
+const std::vector<Row>& kernel_table();
+const Packer* packer_of(Target target);  // null: the target's kernels take weights as they are
+const char* name_of(Pass pass);
+const char* name_of(Target target);
+const char* name_of(DType dtype);
+
+// One row considered: its estimate, or why it cannot run.
+struct Candidate {
+  std::string name;
+  double estimate_us;
+  const char* reason;
+};
+
+// Row names that are taken whenever they can run.
+using Preferred = std::vector<std::string>;
+
+// The legal row with the lowest estimate, or null. `candidates`, when given, receives every row of the pass.
+template <class Problem>
+const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred, std::vector<Candidate>* candidates = nullptr);
+
+double estimate_us(const Row& row, const DepthwiseProblem& problem, const Machine& machine);
+double estimate_us(const Row& row, const PointwiseProblem& problem, const Machine& machine);
+double estimate_us(const Row& row, const SeparableProblem& problem, const Machine& machine);
+
+enum class Fuse : uint8_t { automatic, always, never };
+
+// The rows of a separable forward: `fused` alone, or `depthwise` then `pointwise` when `fused` is null.
+struct SeparableChoice {
+  const Row* fused;
+  const Row* depthwise;
+  const Row* pointwise;
+};
+SeparableChoice choose_separable(const SeparableProblem& problem, Fuse fuse, const Machine& machine, const Preferred& preferred,
+                                 std::vector<Candidate>* candidates = nullptr);
+
+template <class Problem>
+const Kernel<Problem>& kernel_of(const Row& row) {
+  return *std::get<const Kernel<Problem>*>(row.kernel);
+}
+
+}  // namespace dsconv

@@ -1,0 +1,52 @@
+// From a pass written per storage type to the Kernel that a row of kernels.inc names.
+#pragma once
+
+#include "vec.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+DSCONV_INLINE DType storage_of(const DepthwiseProblem& p) { return p.dtype; }
+DSCONV_INLINE DType storage_of(const PointwiseProblem& p) { return p.dtype; }
+DSCONV_INLINE DType storage_of(const SeparableProblem& p) { return p.depthwise.dtype; }
+
+// Calls fn with a value of the storage type that dtype names.
+template <class Fn>
+DSCONV_INLINE void with_storage(DType dtype, Fn fn) {
+  switch (dtype) {
+    case DType::f64: return fn(double{});
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(BFloat16{});
+    case DType::f16: return fn(Float16{});
+  }
+}
+
+// Pass<S> has workspace_bytes and launch; the kernel dispatches on the storage type.
+template <class Problem, template <class> class Pass>
+constexpr Kernel<Problem> kernel_of() {
+  return {
+      [](const Problem&) -> const char* { return nullptr; },
+      [](const Problem& p, int threads) {
+        size_t bytes = 0;
+        with_storage(storage_of(p), [&](auto s) { bytes = Pass<decltype(s)>::workspace_bytes(p, threads); });
+        return bytes;
+      },
+      [](const Problem& p, const Runtime& runtime, void* workspace) {
+        with_storage(storage_of(p), [&](auto s) { Pass<decltype(s)>::launch(p, runtime, workspace); });
+      },
+  };
+}
+
+// The same for Packed<S> with bytes and pack.
+template <template <class> class Packed>
+constexpr Packer packer_of() {
+  return {
+      [](const PointwiseProblem& p) {
+        size_t bytes = 0;
+        with_storage(p.dtype, [&](auto s) { bytes = Packed<decltype(s)>::bytes(p); });
+        return bytes;
+      },
+      [](const PointwiseProblem& p, void* out) { with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); }); },
+  };
+}
+
+}  // namespace dsconv::cpu::DSCONV_ISA

@@ -1,0 +1,183 @@
+// The vector type and the element types of one ISA. Included once per ISA object, after DSCONV_ISA and DSCONV_VECTOR_BYTES are set;
+// everything lies in that ISA's own namespace, because a function shared between objects might be the copy that needs AVX-512.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "geometry.h"
+#include "problem.h"
+
+#define DSCONV_INLINE static inline __attribute__((always_inline))
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+constexpr int kVectorBytes = DSCONV_VECTOR_BYTES;
+constexpr int kBlockBytes = 64;  // channels are handled in blocks of one cache line of the compute type
+
+template <class T>
+constexpr int kBlock = kBlockBytes / sizeof(T);
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+DSCONV_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+DSCONV_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class T>
+DSCONV_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+// Storage types. Half types are carried as bits; Compute is what kernels accumulate in.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  typedef float type;
+};
+template <>
+struct ComputeOf<double> {
+  typedef double type;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+DSCONV_INLINE uint32_t bits_of(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+DSCONV_INLINE float float_of(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+DSCONV_INLINE double widen(double x) { return x; }
+DSCONV_INLINE float widen(float x) { return x; }
+DSCONV_INLINE float widen(BFloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+DSCONV_INLINE float widen(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift exponent and mantissa into place, then scale by 2^112: subnormals come out right, infinities and NaN are patched.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+  return float_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite));
+#endif
+}
+
+DSCONV_INLINE void narrow(double x, double* out) { *out = x; }
+DSCONV_INLINE void narrow(float x, float* out) { *out = x; }
+DSCONV_INLINE void narrow(float x, BFloat16* out) {  // round to nearest even; NaN stays NaN
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  out->bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+DSCONV_INLINE void narrow(float x, Float16* out) {
+#if defined(__F16C__)
+  out->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000) {
+    half = 0x7c00;  // rounds to infinity
+  } else if (magnitude < 0x38800000) {
+    // Subnormal: adding 0.5 aligns the 10 mantissa bits with the end of the float's, and rounds to nearest even.
+    half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// dst[i] = src[i] in the compute type, and back.
+template <class S>
+DSCONV_INLINE void widen_row(Compute<S>* __restrict dst, const S* __restrict src, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (sizeof(S) == 2 && !__is_same(S, BFloat16)) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
+    }
+  }
+#endif
+  for (; i < count; ++i) dst[i] = widen(src[i]);
+}
+template <class S>
+DSCONV_INLINE void narrow_row(S* __restrict dst, const Compute<S>* __restrict src, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (sizeof(S) == 2 && !__is_same(S, BFloat16)) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256 v = _mm256_loadu_ps(src + i);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < count; ++i) narrow(src[i], dst + i);
+}
+
+// A bump allocator over the workspace that an operator handed to a kernel; every piece starts on a cache line.
+struct Arena {
+  char* next;
+};
+template <class T>
+DSCONV_INLINE T* take(Arena& arena, int64_t count) {
+  T* p = reinterpret_cast<T*>(arena.next);
+  arena.next += round_up(count * static_cast<int64_t>(sizeof(T)), kBlockBytes);
+  return p;
+}
+DSCONV_INLINE Arena arena_at(void* workspace) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  return Arena{reinterpret_cast<char*>((address + kBlockBytes - 1) / kBlockBytes * kBlockBytes)};
+}
+template <class T>
+DSCONV_INLINE int64_t piece_bytes(int64_t count) {
+  return round_up(count * static_cast<int64_t>(sizeof(T)), kBlockBytes);
+}
+
+// Runs body(first_task, last_task, slot) on `slots` slots of equal size; slot numbers index per-thread scratch.
+template <class Body>
+DSCONV_INLINE void for_slots(const Runtime& runtime, int64_t tasks, int64_t slots, Body& body) {
+  struct Context {
+    Body* body;
+    int64_t tasks, slots;
+  } context{&body, tasks, slots};
+  auto trampoline = [](void* p, int64_t slot) {
+    const Context& c = *static_cast<Context*>(p);
+    (*c.body)(c.tasks * slot / c.slots, c.tasks * (slot + 1) / c.slots, slot);
+  };
+  if (slots == 1) return body(0, tasks, 0);
+  runtime.parallel(slots, trampoline, &context);
+}
+
+}  // namespace dsconv::cpu::DSCONV_ISA

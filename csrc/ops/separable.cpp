@@ -1,0 +1,226 @@
+#include "ops/separable.h"
+
+#include <cstring>
+
+#include "machine.h"
+#include "ops/depthwise.h"
+
+namespace dsconv {
+namespace {
+
+IntList output_sizes(const SeparableProblem& p, const Tensor& x) {
+  IntList size{p.pointwise.batch, p.pointwise.out_channels};
+  for (int64_t i = 5 - x.dim(); i < 3; ++i) size.push_back(p.depthwise.window.out[i]);
+  return size;
+}
+
+SeparableProblem separable_problem(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                                   const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
+                                   const WindowArguments& arguments, ActivationSpec mid, ActivationSpec activation) {
+  SeparableProblem p{depthwise_problem(x, depthwise_weight, depthwise_bias, arguments, mid), {}};
+  IntList weight_size(x.dim(), 1);
+  weight_size[0] = -1;
+  weight_size[1] = channels_of(p.depthwise);
+  check_like("pointwise_weight", pointwise_weight, x, weight_size);
+  PointwiseProblem& pw = p.pointwise;
+  pw.dtype = p.depthwise.dtype;
+  pw.batch = p.depthwise.batch;
+  pw.in_channels = channels_of(p.depthwise);
+  pw.out_channels = pointwise_weight.size(0);
+  DSCONV_CHECK(pw.out_channels > 0, "pointwise_weight", "no filters", "at least one");
+  for (int dim = 0; dim < 3; ++dim) pw.size[dim] = p.depthwise.window.out[dim];
+  pw.activation = activation;
+  check_like("pointwise_bias", pointwise_bias, x, {pw.out_channels});
+  check_like("residual", residual, x, output_sizes(p, x));
+  pw.weight = view_of(pointwise_weight);
+  pw.bias = view_of(pointwise_bias);
+  pw.residual = view_of(residual);
+  return p;
+}
+
+Fuse parse_fuse(const std::string& fuse) {
+  if (fuse == "auto") return Fuse::automatic;
+  if (fuse == "always") return Fuse::always;
+  DSCONV_CHECK(fuse == "never", "fuse", "'" + fuse + "'", "auto, always or never");
+  return Fuse::never;
+}
+
+// What pack() writes in front of the panels, so that weights packed for something else are noticed.
+struct PackedHeader {
+  char magic[8];
+  int64_t target, dtype, in_channels, out_channels;
+  char reserved[24];
+};
+static_assert(sizeof(PackedHeader) == 64);
+constexpr char kMagic[8] = {'d', 's', 'c', 'o', 'n', 'v', '0', '1'};
+
+// The panels inside `packed` for a row of `target`, or null when another target packed them.
+const void* panels_of(const OptionalTensor& packed, const PointwiseProblem& p, Target target) {
+  if (!packed) return nullptr;
+  PackedHeader header{};
+  const int64_t bytes = packed->numel();
+  const bool readable = packed->is_cpu() && packed->element_size() == 1 && packed->is_contiguous();
+  if (readable && bytes == 0) return nullptr;
+  if (readable && bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->data_ptr(), sizeof header);
+  DSCONV_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0, "packed", "a tensor that dsconv::pack did not make", "its result");
+  DSCONV_CHECK(header.dtype == static_cast<int64_t>(p.dtype) && header.in_channels == p.in_channels && header.out_channels == p.out_channels, "packed",
+               std::string("weights [") + std::to_string(header.out_channels) + ", " + std::to_string(header.in_channels) + "] of another layer or dtype",
+               "[", p.out_channels, ", ", p.in_channels, "] in ", name_of(p.dtype));
+  if (header.target != static_cast<int64_t>(target)) return nullptr;
+  DSCONV_CHECK(bytes == static_cast<int64_t>(sizeof header + packer_of(target)->bytes(p)), "packed", std::to_string(bytes) + " bytes", "the size dsconv::pack gave");
+  return static_cast<const char*>(packed->data_ptr()) + sizeof header;
+}
+
+SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& x) {
+  if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
+  std::vector<Candidate> candidates;
+  const SeparableChoice choice = choose_separable(p, fuse, machine_of(x), preferred_rows(), &candidates);
+  record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name, candidates);
+  return choice;
+}
+
+// The pointwise product alone, into a new tensor.
+Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
+  Tensor y = empty_output(x, p.out_channels, spatial_of(x, p.size));
+  p.y = view_of(y);
+  run("separable_backward", Pass::pointwise_fwd, p, x);
+  return y;
+}
+
+}  // namespace
+
+Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
+                 const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const IntList& stride, const IntList& padding,
+                 const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+                 double activation_param, const std::string& fuse, const OptionalTensor& packed) {
+  SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, {stride, padding, dilation},
+                                         parse_activation("mid_activation", mid_activation, mid_param),
+                                         parse_activation("activation", activation, activation_param));
+  const Fuse how = parse_fuse(fuse);
+  Tensor y = empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
+  if (p.pointwise.batch == 0) return y;
+  p.pointwise.y = view_of(y);
+  const SeparableChoice choice = choose_rows(p, how, x);
+  if (choice.fused) {
+    p.pointwise.packed = panels_of(packed, p.pointwise, choice.fused->target);
+    launch(*choice.fused, p, x);
+    return y;
+  }
+  STD_TORCH_CHECK(choice.depthwise && choice.pointwise, "dsconv::separable: no kernel of this library runs here: ", describe(p));
+  Tensor map = empty_output(x, p.pointwise.in_channels, spatial_of(x, p.pointwise.size));
+  p.depthwise.y = p.pointwise.a = view_of(map);
+  p.pointwise.packed = panels_of(packed, p.pointwise, choice.pointwise->target);
+  launch(*choice.depthwise, p.depthwise, x);
+  launch(*choice.pointwise, p.pointwise, x);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
+    const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const OptionalTensor& output, const IntList& stride,
+    const IntList& padding, const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+    double activation_param, bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
+    bool need_pointwise_bias, bool need_residual) {
+  constexpr const char* kOp = "separable_backward";
+  constexpr ActivationSpec kNone{Activation::none, 0};
+  const ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  const ActivationSpec last = parse_activation("activation", activation, activation_param);
+  SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, {stride, padding, dilation}, mid, last);
+  check_like("grad", grad, x, output_sizes(p, x));
+  check_like("output", output, x, output_sizes(p, x));
+  const PointwiseProblem& pw = p.pointwise;
+
+  // The depthwise map after its activation, and what its derivative is read off; recomputed from x, never stored by the forward.
+  OptionalTensor map, mid_saved;
+  const bool need_mid = need_x || need_depthwise_weight || need_depthwise_bias;
+  const bool recompute_last = last.kind != Activation::none && !derivative_from_output(last);
+  const bool mid_from_output = derivative_from_output(mid);
+  if (need_pointwise_weight || recompute_last || (need_mid && mid_from_output)) map = depthwise_forward(kOp, p.depthwise, mid, x);
+  if (need_mid && mid.kind != Activation::none) mid_saved = mid_from_output ? map : depthwise_forward(kOp, p.depthwise, kNone, x);
+
+  // The gradient of the pre-activation of the output.
+  Tensor grad_z = grad;
+  if (last.kind != Activation::none) {
+    OptionalTensor saved = output;
+    if (recompute_last) {
+      PointwiseProblem again = pw;
+      again.a = view_of(map);
+      again.activation = kNone;
+      saved = pointwise_forward(again, x);
+    }
+    DSCONV_CHECK(saved.has_value(), "output", "None", "the forward's output, from which the derivative of ", activation, " is read");
+    grad_z = empty_output(x, pw.out_channels, spatial_of(x, pw.size));
+    DepthwiseProblem mask{};
+    mask.dtype = pw.dtype;
+    mask.batch = pw.batch;
+    mask.channels = pw.out_channels;
+    mask.multiplier = 1;
+    mask.activation = last;
+    for (int dim = 0; dim < 3; ++dim) {
+      mask.window.in[dim] = mask.window.out[dim] = pw.size[dim];
+      mask.window.taps[dim] = 1;
+    }
+    mask.grad = view_of(grad);
+    mask.saved = view_of(saved);
+    mask.grad_x = view_of(grad_z);
+    run(kOp, Pass::mask, mask, x);
+  }
+
+  Tensor grad_pointwise_weight = undefined(), grad_pointwise_bias = undefined();
+  if (need_pointwise_weight || need_pointwise_bias) {
+    PointwiseProblem weights = pw;
+    weights.a = view_of(map);
+    weights.grad = view_of(grad_z);
+    if (need_pointwise_weight) {
+      grad_pointwise_weight = torch::stable::empty_like(pointwise_weight);
+      weights.grad_weight = view_of(grad_pointwise_weight);
+    } else {
+      weights.in_channels = 1;  // the bias alone: one panel that is never read
+      weights.a = weights.grad;
+    }
+    if (need_pointwise_bias) {
+      grad_pointwise_bias = torch::stable::new_empty(pointwise_weight, {pw.out_channels});
+      weights.grad_bias = view_of(grad_pointwise_bias);
+    }
+    run(kOp, Pass::pointwise_wgrad, weights, x);
+  }
+
+  DepthwiseGradients g{undefined(), undefined(), undefined()};
+  if (need_mid) {
+    // grad of the map = pointwise_weight^T grad_z: the forward product with transposed weight strides.
+    PointwiseProblem transposed = pw;
+    transposed.in_channels = pw.out_channels;
+    transposed.out_channels = pw.in_channels;
+    transposed.a = view_of(grad_z);
+    transposed.weight.stride[0] = pw.weight.stride[1];
+    transposed.weight.stride[1] = pw.weight.stride[0];
+    transposed.bias = transposed.residual = View{};
+    transposed.activation = kNone;
+    const Tensor grad_map = pointwise_forward(transposed, x);
+    g = depthwise_gradients(kOp, p.depthwise, grad_map, mid_saved, x, depthwise_weight, need_x, need_depthwise_weight, need_depthwise_bias);
+  }
+  // Without an activation the residual's gradient is the incoming one, which an operator may not return as it is.
+  Tensor grad_residual = undefined();
+  if (need_residual) grad_residual = last.kind == Activation::none ? torch::stable::clone(grad) : grad_z;
+  return {g.x, g.weight, grad_pointwise_weight, g.bias, grad_pointwise_bias, grad_residual};
+}
+
+Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight) {
+  const Packer* packer = packer_of(cpu_machine().target);
+  if (!pointwise_weight || !packer) return empty_bytes(depthwise_weight, 0);
+  DSCONV_CHECK(pointwise_weight->is_cpu(), "pointwise_weight", "a tensor that is not on the CPU", "a CPU tensor");
+  PointwiseProblem p{};
+  p.dtype = dtype_of("pointwise_weight", *pointwise_weight);
+  p.out_channels = pointwise_weight->size(0);
+  p.in_channels = pointwise_weight->size(1);
+  p.weight = view_of(*pointwise_weight);
+  Tensor packed = empty_bytes(depthwise_weight, sizeof(PackedHeader) + packer->bytes(p));
+  PackedHeader header{{}, static_cast<int64_t>(cpu_machine().target), static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, {}};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  char* data = static_cast<char*>(packed.data_ptr());
+  std::memcpy(data, &header, sizeof header);
+  packer->pack(p, data + sizeof header);
+  return packed;
+}
+
+}  // namespace dsconv

@@ -1,0 +1,117 @@
+// The plain structs that travel from the torch-facing code to the kernels. No torch, no methods, no ownership.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dsconv {
+
+enum class DType : uint8_t { f64, f32, bf16, f16 };
+
+enum class Activation : uint8_t {
+  none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh, elu
+};
+
+// An activation with its parameter: the negative slope of leaky_relu, the alpha of elu, unused by the others.
+struct ActivationSpec {
+  Activation kind;
+  double param;
+};
+
+// Can the derivative be computed from the activation's output? (A negative slope or alpha loses the sign of the input.)
+static inline constexpr bool derivative_from_output(ActivationSpec a) {
+  switch (a.kind) {
+    case Activation::relu: case Activation::relu6: case Activation::hardsigmoid: case Activation::sigmoid: case Activation::tanh: return true;
+    case Activation::leaky_relu: case Activation::elu: return a.param >= 0;
+    default: return false;
+  }
+}
+
+// A strided [N, C, D, H, W] tensor; tensors of lower rank have leading spatial sizes of 1. Strides in elements. data is null when absent.
+struct View {
+  void* data;
+  int64_t stride[5];
+};
+
+// The window of a convolution over D, H, W. pad is the low side; the high side is implied by out.
+struct Window {
+  int64_t in[3];
+  int64_t out[3];
+  int64_t taps[3];
+  int64_t stride[3];
+  int64_t dilation[3];
+  int64_t pad[3];
+};
+
+// Depthwise convolution with `multiplier` outputs per input channel, and its gradients. A pass uses the views it needs:
+//   forward:     y = activation(x * weight + bias)
+//   grad_input:  grad_x from grad (masked by the activation's derivative at `saved`) and weight
+//   grad_weight: grad_weight, grad_bias from x and the masked grad
+//   mask:        grad_x = grad masked, position by position (in == out, no weight)
+struct DepthwiseProblem {
+  DType dtype;
+  int64_t batch;
+  int64_t channels;
+  int64_t multiplier;
+  Window window;
+  ActivationSpec activation;
+  View x;
+  View weight;  // [C*m, 1, D, H, W]
+  View bias;    // [C*m]
+  View y;
+  View grad;
+  View saved;  // the forward's output when its derivative can be read off it, else the pre-activation
+  View grad_x;
+  View grad_weight;
+  View grad_bias;
+};
+
+// 1x1 convolution over the positions of [N, C, D, H, W], and its weight gradient:
+//   forward:     y = activation(a * weight + bias + residual)
+//   grad_weight: grad_weight, grad_bias from a and grad
+struct PointwiseProblem {
+  DType dtype;
+  int64_t batch;
+  int64_t in_channels;
+  int64_t out_channels;
+  int64_t size[3];
+  ActivationSpec activation;
+  View a;
+  View weight;  // [K, C]: stride[0] over K, stride[1] over C; transposed strides serve the input gradient
+  View bias;    // [K]
+  View residual;
+  View y;
+  View grad;
+  View grad_weight;
+  View grad_bias;
+  const void* packed;  // weight as the row's Packer wrote it, or null
+};
+
+// Depthwise, mid activation, pointwise in one pass: depthwise.y is never written, pointwise.a is never read.
+struct SeparableProblem {
+  DepthwiseProblem depthwise;
+  PointwiseProblem pointwise;
+};
+
+// What a CPU kernel may use of the machine: a blocking loop over [0, count) run by up to `threads` threads.
+struct Runtime {
+  int threads;
+  void (*parallel)(int64_t count, void (*body)(void* context, int64_t index), void* context);
+  void* stream;  // CUDA rows only
+};
+
+// The implementation of one row of kernels.inc.
+template <class Problem>
+struct Kernel {
+  const char* (*can_run)(const Problem&);  // null, or the reason why not
+  size_t (*workspace_bytes)(const Problem&, int threads);
+  void (*launch)(const Problem&, const Runtime&, void* workspace);
+};
+
+// Pointwise weights in the order in which a target's kernels read them (PointwiseProblem::packed).
+struct Packer {
+  size_t (*bytes)(const PointwiseProblem&);
+  void (*pack)(const PointwiseProblem&, void* out);
+};
+
+}  // namespace dsconv

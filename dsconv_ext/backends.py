@@ -1,0 +1,330 @@
+"""What computes a call: the compiled library, or the composition of PyTorch's own operators, and why.
+
+The composition is registered below every compiled kernel (CompositeExplicitAutograd), so that the dispatcher itself
+falls back for a device without kernels. It warns once per operator and device type.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _loader, activations
+from ._version import __version__
+from .checks import check_depthwise, check_separable
+from .geometry import like_output
+
+_warned: set[tuple[str, str]] = set()
+_record: list[Call] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that was considered: the model's estimate of its time, or the reason why it cannot run."""
+
+    name: str
+    estimate_us: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One choice: the operator, its pass, the problem, the kernel taken and those considered."""
+
+    op: str
+    direction: str
+    problem: str
+    chosen: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} {self.direction}  {self.problem}", f"  -> {self.chosen}"]
+        for candidate in self.candidates:
+            estimate = "" if candidate.estimate_us is None else f"{candidate.estimate_us:10.1f} us (estimate)"
+            lines.append(f"     {candidate.name:40s} {candidate.reason or estimate}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a function ran on.
+
+    Attributes
+    ----------
+    chosen : tuple of str
+        The name of the kernel of each call, in the order of the calls.
+    candidates : tuple of tuple of Candidate
+        For each call, the kernels considered: the estimate of each, and the reason of each that cannot run.
+    calls : tuple of Call
+        The same with operator, pass and problem.
+    """
+
+    chosen: tuple[str, ...]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.calls)) or "no dsconv operator was called"
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run a function and say which kernels its dsconv operators ran on, and why not on others.
+
+    Parameters
+    ----------
+    fn : callable
+        Called once as ``fn(*args, **kwargs)``; a module, a function of `dsconv_ext.functional`, a training step.
+
+    Returns
+    -------
+    Explanation
+
+    Notes
+    -----
+    The recording is process wide: calls of other threads meanwhile are recorded too.
+
+    Examples
+    --------
+    >>> import torch, dsconv_ext
+    >>> x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
+    >>> explanation = dsconv_ext.explain(dsconv_ext.functional.depthwise_conv2d, x, weight)
+    >>> len(explanation.chosen)
+    1
+    """
+    global _record
+    _record = recorded = []
+    torch.ops.dsconv.explain_begin()
+    try:
+        fn(*args, **kwargs)
+    finally:
+        _record = None
+        rows = json.loads(torch.ops.dsconv.explain_end())
+    compiled = [
+        Call(
+            row["op"], row["pass"], row["problem"], row["chosen"], tuple(Candidate(**c) for c in row["candidates"])
+        )
+        for row in rows
+    ]
+    calls = tuple(compiled + recorded)
+    return Explanation(tuple(c.chosen for c in calls), tuple(c.candidates for c in calls), calls)
+
+
+def record(op: str, device: torch.device, reason: str) -> None:
+    """Keep what the composition is about to do if an explanation is being recorded, and warn the first time."""
+    if _record is not None:
+        direction = "bwd" if op.endswith("_backward") else "fwd"
+        candidates = (Candidate("composition"), Candidate("compiled kernels", reason=reason))
+        _record.append(Call(op, direction, f"on {device}", "composition", candidates))
+    if (op, device.type) not in _warned:
+        _warned.add((op, device.type))
+        warnings.warn(
+            f"dsconv::{op} on {device.type} runs as a composition of PyTorch operators: {reason}", stacklevel=3
+        )
+
+
+def _fall_back(op: str, device: torch.device) -> None:
+    record(op, device, _loader.error or f"the library has no {device.type} kernel for it")
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Apply a 1x1 convolution, and add the residual."""
+    nd = x.dim() - 2
+    y = torch.convolution(x, weight, bias, [1] * nd, [0] * nd, [1] * nd, False, [0] * nd, 1)
+    return y if residual is None else y + residual
+
+
+def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Pad explicitly by what is not symmetric; return the symmetric rest for the convolution."""
+    common = [min(lo, hi) for lo, hi in zip(padding[::2], padding[1::2])]
+    extra = [p - common[i // 2] for i, p in enumerate(padding)]
+    # F.pad counts from the last dimension.
+    order = [extra[2 * i + side] for i in reversed(range(len(common))) for side in (0, 1)]
+    return (F.pad(x, order) if any(extra) else x), common
+
+
+def _like_weight(grad: Tensor, weight: Tensor) -> Tensor:
+    like = torch.empty_like(weight)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    padded, common = _pad(x, padding)
+    return torch.convolution(padded, weight, bias, stride, common, dilation, False, [0] * len(common), x.size(1))
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, need: list[bool]
+) -> list[Tensor | None]:
+    """Gradients for x, weight and bias as `need` asks for them."""
+    if not any(need):
+        return [None] * 3
+    padded, common = _pad(x, padding)
+    grads = torch.ops.aten.convolution_backward(
+        grad, padded, weight, [weight.size(0)], stride, common, dilation, False, [0] * len(common), x.size(1), need
+    )
+    grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need))
+    if grad_x is not None:
+        for i, size in enumerate(x.shape[2:]):
+            grad_x = grad_x.narrow(i + 2, padding[2 * i] - common[i], size)
+        grad_x = like_output(grad_x, x)
+    return [grad_x, None if grad_weight is None else _like_weight(grad_weight, weight), grad_bias]
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    activation: str,
+    activation_param: float,
+    packed: Tensor | None,
+) -> Tensor:
+    check_depthwise("dsconv::depthwise", x.dim() - 2, x, weight, bias, stride, padding, dilation)
+    _fall_back("depthwise", x.device)
+    y = _convolve(x, weight, bias, stride, padding, dilation)
+    return like_output(activations.forward(y, activation, activation_param), x)
+
+
+def _depthwise_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    activation: str,
+    activation_param: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    check_depthwise("dsconv::depthwise_backward", x.dim() - 2, x, weight, bias, stride, padding, dilation)
+    _fall_back("depthwise_backward", x.device)
+    if activation != "none":
+        value = _convolve(x, weight, bias, stride, padding, dilation) if output is None else output
+        grad = activations.backward(grad, value, activation, activation_param)
+    need = [need_x, need_weight, need_bias and bias is not None]
+    return tuple(_convolve_backward(grad, x, weight, stride, padding, dilation, need))
+
+
+def _separable(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    mid_activation: str,
+    mid_param: float,
+    activation: str,
+    activation_param: float,
+    fuse: str,
+    packed: Tensor | None,
+) -> Tensor:
+    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    check_separable("dsconv::separable", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
+    _fall_back("separable", x.device)
+    middle = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    middle = activations.forward(middle, mid_activation, mid_param)
+    y = pointwise(middle, pointwise_weight, pointwise_bias, residual)
+    return like_output(activations.forward(y, activation, activation_param), x)
+
+
+def _separable_backward(
+    grad: Tensor,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    mid_activation: str,
+    mid_param: float,
+    activation: str,
+    activation_param: float,
+    need_x: bool,
+    need_depthwise_weight: bool,
+    need_pointwise_weight: bool,
+    need_depthwise_bias: bool,
+    need_pointwise_bias: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, ...]:
+    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    check_separable("dsconv::separable_backward", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
+    _fall_back("separable_backward", x.device)
+    middle_pre = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    middle = activations.forward(middle_pre, mid_activation, mid_param)
+    if activation != "none":
+        value = pointwise(middle, pointwise_weight, pointwise_bias, residual) if output is None else output
+        grad = activations.backward(grad, value, activation, activation_param)
+    # The pointwise is no depthwise convolution: one group.
+    nd = x.dim() - 2
+    need_middle = need_x or need_depthwise_weight or need_depthwise_bias
+    need = [need_middle, need_pointwise_weight, need_pointwise_bias and pointwise_bias is not None]
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(need):
+        ones, zeros = [1] * nd, [0] * nd
+        grads = torch.ops.aten.convolution_backward(
+            grad, middle, pointwise_weight, [grad.size(1)], ones, zeros, ones, False, zeros, 1, need
+        )
+    grad_middle, grad_pointwise, grad_pointwise_bias = (g if n else None for g, n in zip(grads, need))
+    grad_depthwise: list[Tensor | None] = [None] * 3
+    if grad_middle is not None:
+        value = middle if activations.from_output(mid_activation, mid_param) else middle_pre
+        grad_middle = activations.backward(grad_middle, value, mid_activation, mid_param)
+        need = [need_x, need_depthwise_weight, need_depthwise_bias and depthwise_bias is not None]
+        grad_depthwise = _convolve_backward(grad_middle, x, depthwise_weight, stride, padding, dilation, need)
+    grad_x, grad_depthwise_weight, grad_depthwise_bias = grad_depthwise
+    return (
+        grad_x,
+        grad_depthwise_weight,
+        None if grad_pointwise is None else _like_weight(grad_pointwise, pointwise_weight),
+        grad_depthwise_bias,
+        grad_pointwise_bias,
+        like_output(grad, x).clone() if need_residual else None,
+    )
+
+
+def _pack(depthwise_weight: Tensor, pointwise_weight: Tensor | None) -> Tensor:
+    """Say that there is no packed form."""
+    return depthwise_weight.new_empty(0, dtype=torch.uint8)
+
+
+def register(library: torch.library.Library) -> None:
+    """Register the composition below every compiled kernel; without the library, also what it would say of itself."""
+    for name, kernel in {
+        "depthwise": _depthwise,
+        "depthwise_backward": _depthwise_backward,
+        "separable": _separable,
+        "separable_backward": _separable_backward,
+        "pack": _pack,
+    }.items():
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+    if _loader.error is not None:
+        information = {"version": __version__, "cuda_compiled": False, "cuda_archs": [], "error": _loader.error}
+        for name, answer in {
+            "kernels": "[]",
+            "build_info": json.dumps(information),
+            "explain_begin": None,
+            "explain_end": "[]",
+        }.items():
+            library.impl(name, lambda answer=answer: answer, "CompositeExplicitAutograd")
+        library.impl("set_choices", lambda rows: None, "CompositeExplicitAutograd")

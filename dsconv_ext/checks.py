@@ -1,0 +1,120 @@
+"""Checks of the tensors of a call; every message is "<function>: <argument>: got <what>, expected <what>"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import output_size
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_depthwise(
+    function: str,
+    nd: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    weight_name: str = "weight",
+    bias_name: str = "bias",
+) -> None:
+    """Raise TypeError or ValueError unless a depthwise convolution of `nd` spatial dimensions can be computed.
+
+    `x` is [N, C, *spatial], `weight` [C*m, 1, *kernel], `bias` [C*m] or None.
+    """
+    _check_tensor(function, "x", x, None, nd + 2)
+    _check_tensor(function, weight_name, weight, x, nd + 2)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{function}: x: got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    channels, outputs = x.size(1), weight.size(0)
+    if weight.size(1) != 1 or (outputs % channels if channels else outputs):
+        raise ValueError(
+            f"{function}: {weight_name}: got shape {_shape(weight)}, expected [C*m, 1, ...] for x with C = {channels} channels"
+        )
+    _check_bias(function, bias_name, bias, x, outputs)
+    kernel = weight.shape[2:]
+    if any(k < 1 for k in kernel):
+        raise ValueError(f"{function}: {weight_name}: got shape {_shape(weight)}, expected a kernel of at least one tap")
+    if any(size < 1 for size in output_size(x.shape[2:], kernel, stride, padding, dilation)):
+        padded = [s + padding[2 * i] + padding[2 * i + 1] for i, s in enumerate(x.shape[2:])]
+        extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+        raise ValueError(
+            f"{function}: x: got padded spatial size {padded}, expected at least the kernel's extent {extent}: "
+            "kernel size can't be greater than actual input size"
+        )
+
+
+def check_separable(
+    function: str,
+    nd: int,
+    x: Any,
+    depthwise_weight: Any,
+    pointwise_weight: Any,
+    depthwise_bias: Any,
+    pointwise_bias: Any,
+    residual: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raise TypeError or ValueError unless a depthwise-separable convolution can be computed.
+
+    As `check_depthwise`; `pointwise_weight` is [K, C*m, 1, ...], `pointwise_bias` [K] or None, `residual` has the
+    shape of the output or is None.
+    """
+    check_depthwise(
+        function,
+        nd,
+        x,
+        depthwise_weight,
+        depthwise_bias,
+        stride,
+        padding,
+        dilation,
+        weight_name="depthwise_weight",
+        bias_name="depthwise_bias",
+    )
+    _check_tensor(function, "pointwise_weight", pointwise_weight, x, nd + 2)
+    middle, outputs = depthwise_weight.size(0), pointwise_weight.size(0)
+    if pointwise_weight.size(1) != middle or any(k != 1 for k in pointwise_weight.shape[2:]):
+        raise ValueError(
+            f"{function}: pointwise_weight: got shape {_shape(pointwise_weight)}, "
+            f"expected {['K', middle, *[1] * nd]} after a depthwise_weight of shape {_shape(depthwise_weight)}"
+        )
+    _check_bias(function, "pointwise_bias", pointwise_bias, x, outputs)
+    if residual is not None:
+        _check_tensor(function, "residual", residual, x, nd + 2)
+        spatial = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
+        expected = [x.size(0), outputs, *spatial]
+        if _shape(residual) != expected:
+            raise ValueError(f"{function}: residual: got shape {_shape(residual)}, expected {expected}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_bias(function: str, argument: str, bias: Any, x: Tensor, outputs: int) -> None:
+    if bias is not None:
+        _check_tensor(function, argument, bias, x, 1)
+        if bias.size(0) != outputs:
+            raise ValueError(f"{function}: {argument}: got shape {_shape(bias)}, expected [{outputs}]")
+
+
+def _check_tensor(function: str, argument: str, tensor: Any, x: Tensor | None, rank: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{function}: {argument}: got {type(tensor).__name__}, expected a Tensor")
+    if tensor.dim() != rank:
+        raise ValueError(f"{function}: {argument}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {rank}")
+    if x is not None and tensor.dtype != x.dtype:
+        raise TypeError(f"{function}: {argument}: got dtype {tensor.dtype}, expected {x.dtype} as x has")
+    if x is not None and tensor.device != x.device:
+        raise ValueError(f"{function}: {argument}: got device {tensor.device}, expected {x.device} as x has")

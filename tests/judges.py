@@ -1,0 +1,129 @@
+"""The first two judges: exact equality on small integers, and random data against float64 with PyTorch as the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import oracle
+from cases import GUARD, Case
+from dsconv_ext import functional
+from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
+
+Function = Callable[[Case, dict[str, Tensor]], Tensor]
+
+
+def spelled(activation: tuple[str, float]) -> str | tuple[str, float]:
+    """An activation as the public functions take it."""
+    return activation if activation[0] in oracle.DEFAULT_PARAM else activation[0]
+
+
+def subject(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    """The library's answer, through its public functions."""
+    stride, padding, dilation = case.geometry
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "activation": spelled(case.activation)}
+    if case.op == "dw":
+        return getattr(functional, f"depthwise_conv{case.spatial}d")(**tensors, **options)
+    convolve = getattr(functional, f"separable_conv{case.spatial}d")
+    return convolve(**tensors, **options, mid_activation=spelled(case.mid), fuse=case.fuse)
+
+
+def composition_sum(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    """What the output activation is applied to, composed of PyTorch's operators."""
+    if case.op == "dw":
+        return oracle.depthwise_sum(tensors["x"], tensors["weight"], tensors.get("bias"), *case.geometry)
+    names = ("x", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias", "residual")
+    return oracle.separable_sum(*map(tensors.get, names), *case.geometry, case.mid)
+
+
+def composition(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    return oracle.activate(composition_sum(case, tensors), case.activation)
+
+
+@dataclass
+class Result:
+    """An output and the gradients of the inputs it was computed from."""
+
+    y: Tensor
+    gradients: dict[str, Tensor]
+
+    def items(self):
+        yield "output", self.y
+        for name, gradient in self.gradients.items():
+            yield f"gradient of {name}", gradient
+
+
+def evaluate(function: Function, case: Case, tensors: dict[str, Tensor], g: Callable[[Tensor], Tensor]) -> Result:
+    """Forward and backward of ``function``; ``g`` makes the upstream gradient from the output."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y = function(case, leaves)
+    gradients = torch.autograd.grad(y, tuple(leaves.values()), g(y.detach()))
+    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)))
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+def check_layout(case: Case, tensors: dict[str, Tensor], ours: Result) -> None:
+    """Output and gradients have the promised dtype and strides."""
+    x = tensors["x"]
+    assert ours.y.stride() == oracle.output_strides(x, ours.y.shape), f"{case}\n  output strides {ours.y.stride()}"
+    for name, gradient in ours.gradients.items():
+        like = tensors[name]
+        if name == "x" or name == "residual":
+            expected = oracle.output_strides(x, like.shape)
+        else:
+            expected = torch.empty_like(like).stride()
+        strides, message = gradient.stride(), f"{case}\n  gradient of {name}:"
+        assert gradient.dtype == like.dtype, f"{message} {gradient.dtype}, expected {like.dtype}"
+        assert strides == expected, f"{message} strides {strides}, expected {expected}"
+
+
+def check_untouched(case: Case, tensors: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """No input was written, nor the bands of NaN around it."""
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name]), f"{case}\n  {name} was overwritten"
+        whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+        bands = torch.cat((whole[:GUARD], whole[-GUARD:]))
+        assert bool(bands.isnan().all()), f"{case}\n  the memory around {name} was overwritten"
+
+
+def check_exact(case: Case, function: Function = subject, device: str = "cpu") -> None:
+    """Judge (a): on small integers every value and every gradient is the true one, rounded once."""
+    case = case.exact()
+    tensors = case.inputs(integer=True, device=device)
+    before = {name: t.clone() for name, t in tensors.items()}
+    ours = evaluate(function, case, tensors, lambda y: case.upstream(y, integer=True))
+    check_untouched(case, tensors, before)
+    truth = evaluate(composition, case, cast(tensors, torch.float64), lambda y: case.upstream(y, integer=True))
+    for (name, value), (_, reference) in zip(ours.items(), truth.items(), strict=True):
+        assert_equal(name, value, reference, f"{case} (integers)")
+    check_layout(case, tensors, ours)
+
+
+def check_accuracy(case: Case, function: Function = subject, device: str = "cpu") -> None:
+    """Judge (b): on random data no value is more than twice as wrong as PyTorch's, up to four ulp."""
+    tensors = case.inputs(integer=False, device=device)
+    truths = cast(tensors, torch.float64)
+    with torch.no_grad():
+        keep = oracle.away_from_kinks(composition_sum(case, truths), case.activation, KINK_DISTANCE[case.dtype])
+
+    def g(y: Tensor) -> Tensor:
+        return case.upstream(y, integer=False).to(case.dtype).to(y.dtype) * keep
+
+    ours = evaluate(function, case, tensors, g)
+    truth = evaluate(composition, case, truths, g)
+    yardstick = evaluate(composition, case, cast(tensors, YARDSTICK.get(case.dtype, case.dtype)), g)
+    triples = zip(ours.items(), truth.items(), yardstick.items(), strict=True)
+    for (name, value), (_, reference), (_, theirs) in triples:
+        assert_accurate(name, value, reference, theirs, str(case))
+
+
+def check(case: Case, function: Function = subject, device: str = "cpu") -> None:
+    """Both judges."""
+    check_exact(case, function, device)
+    check_accuracy(case, function, device)

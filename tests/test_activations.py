@@ -1,0 +1,120 @@
+"""Every activation in both places, with its parameters: values, derivatives, kinks, NaN and infinity as in ATen."""
+
+import math
+
+import pytest
+import torch
+
+import oracle
+from cases import Case, parse_activation
+from dsconv_ext import functional as F
+from judges import check, spelled
+from tolerance import DTYPES
+
+ACTIVATIONS = [*oracle.ACTIVATIONS, "leaky_relu:0.3", "leaky_relu:-0.2", "leaky_relu:0", "elu:0.4", "elu:-0.4", "elu:0"]
+PLACES = (
+    "dw n2c17h7w6k3s1d1p1 nhwc {} act={}",
+    "sep n2c17h7w6k3s1d1p1o9 nhwc {} mid={} act=none",
+    "sep n2c8h7w6k3s1d1p1o9 nchw {} act={} res",
+)
+PIECEWISE = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "leaky_relu", "leaky_relu:0.3", "leaky_relu:-0.2")
+KINKS = [-math.inf, -7.0, -3.0, -0.0, 0.0, 0.5, 3.0, 6.0, 7.0, math.inf, math.nan]
+
+
+def through(place: str, x, activation: str):
+    """``activation`` of ``x`` by an identity convolution, one value per pixel of the only channel."""
+    one = torch.ones(1, 1, 1, 1, dtype=x.dtype)
+    chosen = spelled(parse_activation(activation))
+    x = x.view(1, 1, 1, -1)
+    if place == "depthwise":
+        return F.depthwise_conv2d(x, one, activation=chosen).view(-1)
+    options = {"mid_activation": chosen} if place == "mid" else {"activation": chosen}
+    return F.separable_conv2d(x, one, one, **options).view(-1)
+
+
+def expected(x, activation: str):
+    return oracle.activate(x, parse_activation(activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("place", PLACES, ids=["depthwise", "mid", "output"])
+def test_values_and_gradients(place, activation, dtype):
+    check(Case.parse(place.format(dtype, activation)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("place", ["depthwise", "mid", "output"])
+def test_values_at_special_points(place, activation, dtype):
+    """NaN stays NaN, and infinities, zeros and kinks give what ATen gives."""
+    x = torch.tensor(KINKS, dtype=DTYPES[dtype]).repeat(3)
+    y, reference = through(place, x, activation), expected(x, activation)
+    assert torch.equal(y.isnan(), reference.isnan())
+    torch.testing.assert_close(y, reference, equal_nan=True, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", PIECEWISE)
+@pytest.mark.parametrize("place", ["depthwise", "mid", "output"])
+def test_derivatives_at_kinks(place, activation, dtype):
+    """At a kink the derivative is ATen's choice, and a NaN before the activation gets ATen's too."""
+    x = torch.tensor(KINKS, dtype=DTYPES[dtype]).repeat(3)
+    g = torch.linspace(0.5, 2, len(x)).to(x.dtype)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    through(place, ours, activation).backward(g)
+    expected(theirs, activation).backward(g)
+    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_far_out(activation, dtype):
+    """Where the activation saturates nothing overflows: the derivative stays finite and is ATen's."""
+    x = torch.tensor([-200.0, -100.0, -50.0, -20.0, 20.0, 50.0, 100.0, 200.0], dtype=DTYPES[dtype])
+    for place in ("depthwise", "mid", "output"):
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        through(place, ours, activation).backward(torch.ones_like(x))
+        expected(theirs, activation).backward(torch.ones_like(x))
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_a_special_input_reaches_its_own_outputs_only(special, layout, dtype):
+    """One NaN or infinity of the input spoils the outputs whose window holds it, in its own channel, and no other."""
+    case = Case.parse(f"dw n2c17h9w20k3s1d1p1 {layout} {dtype}")
+    tensors = case.inputs(integer=True)
+    tensors["weight"].fill_(1)
+    tensors["x"][1, 5, 4, 16] = special
+    y = F.depthwise_conv2d(*tensors.values(), padding=1)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[1, 5, 3:6, 15:18] = True
+    assert bool(y[~touched].isfinite().all())
+    assert bool((y[touched].isnan() if math.isnan(special) else y[touched] == special).all())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_a_special_weight_meets_no_padding(special, layout, dtype):
+    """Padding is left out, not multiplied: zero times an infinite tap does not appear, as in ``nn.Conv2d``."""
+    case = Case.parse(f"dw n1c8h5w6k3s1d1p1 {layout} {dtype} bias=none")
+    x, weight = torch.ones_like(case.inputs(integer=True)["x"]), torch.ones(8, 1, 3, 3, dtype=case.dtype)
+    weight[3, 0, 0, 0] = special
+    y = F.depthwise_conv2d(x, weight, padding=1)
+    reference = torch.nn.functional.conv2d(x, weight, padding=1, groups=8)
+    torch.testing.assert_close(y, reference, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fuse", ["always", "never"])
+def test_a_nan_in_the_middle_reaches_every_output_channel(fuse, dtype):
+    x = torch.ones(1, 17, 3, 20, dtype=DTYPES[dtype])
+    x[0, 5, 1, 16] = math.nan
+    weight, pointwise = torch.ones(17, 1, 1, 1, dtype=x.dtype), torch.ones(9, 17, 1, 1, dtype=x.dtype)
+    y = F.separable_conv2d(x, weight, pointwise, mid_activation="relu", activation="relu6", fuse=fuse)
+    touched = torch.zeros_like(y, dtype=torch.bool)
+    touched[0, :, 1, 16] = True
+    assert torch.equal(y.isnan(), touched)

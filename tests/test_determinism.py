@@ -1,0 +1,90 @@
+"""The same bits from run to run, from one thread and from two, and from two host threads at once."""
+
+import threading
+
+import pytest
+import torch
+
+from cases import Case
+from judges import evaluate, subject
+
+LINES = (
+    "dw n2c37h33w31k3s1d1p1 nhwc fp32 act=silu",
+    "dw n3c24h17w19k5s2d1p2 nchw bf16 act=relu6",
+    "dw n1c96w257k31s1d1p15 nchw fp32",
+    "dw n1c17t7h9w8k3s1d1p1m2 nhwc fp64",
+    "sep n2c37h33w31k3s1d1p1o24 nhwc fp32 mid=relu6 act=silu res",
+    "sep n2c96h15w15k3s2d1p1o37 nchw bf16 mid=hardswish act=relu",
+    "sep n1c16h65w65k3s1d1p1o96 nhwc fp32 mid=relu6 fuse=always",
+    "sep n1c16h65w65k3s1d1p1o96 nchw fp32 mid=relu6 fuse=never",
+    "sep n2c24w300k5s1d2p4o17 nhwc fp16 mid=gelu",
+)
+
+
+def bits(line: str) -> list[torch.Tensor]:
+    case = Case.parse(line)
+    result = evaluate(subject, case, case.inputs(integer=False), lambda y: case.upstream(y, integer=False))
+    return [value.contiguous() for _, value in result.items()]
+
+
+def assert_same_bits(first, second, line):
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"{line}\n  result {i} differs by {(a - b).abs().max().item()}"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_run_to_run(line):
+    first = bits(line)
+    for _ in range(3):
+        assert_same_bits(first, bits(line), line)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_any_number_of_threads(line, threads):
+    threads(1)
+    one = bits(line)
+    for count in (2, 3, 5):
+        threads(count)
+        assert_same_bits(one, bits(line), f"{line} with {count} threads")
+
+
+def test_two_host_threads():
+    """Concurrent calls share nothing: each gets the bits it gets alone."""
+    alone = [bits(line) for line in LINES]
+    failures: list[str] = []
+    start = threading.Barrier(2)
+
+    def work(order):
+        start.wait()
+        for _ in range(4):
+            for i in order:
+                try:
+                    assert_same_bits(alone[i], bits(LINES[i]), LINES[i])
+                except Exception as failure:  # a thread's failure would otherwise be lost
+                    failures.append(f"{type(failure).__name__}: {failure}")
+
+    orders = (range(len(LINES)), range(len(LINES) - 1, -1, -1))
+    workers = [threading.Thread(target=work, args=(order,)) for order in orders]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+
+
+def test_a_batch_does_not_change_its_members():
+    """The first image of a batch gets the bits it gets alone."""
+    case = Case.parse("sep n3c37h13w11k3s1d1p1o24 nhwc fp32 mid=relu6 act=silu fuse=always")
+    tensors = case.inputs(integer=False)
+    together = subject(case, tensors)
+    assert torch.equal(subject(case, {**tensors, "x": tensors["x"][:1]}), together[:1])
+
+
+def test_inside_the_deterministic_mode_of_pytorch():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for line in LINES:
+            assert all(bool(value.isfinite().all()) for value in bits(line)), line
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,24 @@
+"""Depthwise-separable convolution, forward and backward, by both judges: as chosen, and through every row."""
+
+import pytest
+
+from cases import sample
+from judges import check_accuracy, check_exact
+from row_tests import check_row, row_parameters
+
+ROW_CASES = sample("sep", 6, seed=2)
+
+
+@pytest.mark.cases("sep", 24, 300)
+def test_integers_are_exact(case):
+    check_exact(case)
+
+
+@pytest.mark.cases("sep", 24, 300)
+def test_accuracy(case):
+    check_accuracy(case)
+
+
+@pytest.mark.parametrize("row", row_parameters())
+def test_every_row(row, library):
+    check_row(row, ROW_CASES)

@@ -1,0 +1,52 @@
+"""How far a result may be from the truth: at most twice as far as PyTorch's in the same dtype, plus four ulp."""
+
+from __future__ import annotations
+
+import torch
+
+ULPS = 4
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+YARDSTICK = {torch.float64: torch.float32}  # the truth is computed in float64, so float64 is measured in float32's steps
+KINK_DISTANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
+
+
+def error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """``max|y - reference| / rms(reference)``; infinite when anything is NaN, infinite or of another shape."""
+    if y.shape != reference.shape:
+        return float("inf")
+    if y.numel() == 0:
+        return 0.0
+    reference = reference.double()
+    distance = (y.double() - reference).abs()
+    if not bool(torch.isfinite(distance).all()):
+        return float("inf")
+    worst, rms = distance.max().item(), reference.square().mean().sqrt().item()
+    if rms == 0.0:
+        return 0.0 if worst == 0.0 else float("inf")
+    return worst / rms
+
+
+def bound(dtype: torch.dtype, yardstick_error: float) -> float:
+    """The largest error allowed in ``dtype`` where PyTorch in the yardstick's dtype makes ``yardstick_error``."""
+    eps = torch.finfo(dtype).eps
+    scale = eps / torch.finfo(YARDSTICK.get(dtype, dtype)).eps
+    return 2 * yardstick_error * scale + ULPS * eps
+
+
+def assert_accurate(name: str, y: torch.Tensor, reference: torch.Tensor, yardstick: torch.Tensor, line: str) -> None:
+    """Fail unless ``y`` is as near to the float64 ``reference`` as the bound allows; the message has the problem line."""
+    ours, theirs = error(y, reference), error(yardstick, reference)
+    limit = bound(y.dtype, theirs)
+    assert ours <= limit, f"{line}\n  {name}: error {ours:.3e}, allowed {limit:.3e} (PyTorch makes {theirs:.3e})"
+
+
+def assert_equal(name: str, y: torch.Tensor, reference: torch.Tensor, line: str) -> None:
+    """Fail unless ``y`` is exactly the float64 ``reference`` rounded once to ``y``'s dtype."""
+    assert y.shape == reference.shape, f"{line}\n  {name}: shape {tuple(y.shape)}, expected {tuple(reference.shape)}"
+    expected = reference.to(y.dtype)
+    wrong = ~(y == expected)  # a NaN is wrong too
+    if not bool(wrong.any()):
+        return
+    where = tuple(wrong.nonzero()[0].tolist())
+    got, want = y[where].item(), expected[where].item()
+    raise AssertionError(f"{line}\n  {name}: {int(wrong.sum())} of {y.numel()} differ, first at {where}: {got} != {want}")
