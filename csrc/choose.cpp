@@ -81,6 +81,7 @@ double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& mac
 
 const char* why_not(const Row& row, const Machine& machine) {
   if ((row.target == Target::cuda) != (machine.target == Target::cuda)) return "runs on another device";
+  if (row.target == Target::cuda) return machine.sm ? nullptr : "the library holds no code for this GPU";
   return row.target > machine.target ? "the processor, or DSCONV_CPU_ISA, does not allow its instruction set" : nullptr;
 }
 

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv, CPU, library) {
   library.impl("pack", TORCH_BOX(&dsconv::pack));
 }
 
+#if DSCONV_CUDA
+// What is not here runs as the composition that Python registers below every kernel.
+STABLE_TORCH_LIBRARY_IMPL(dsconv, CUDA, library) {
+  library.impl("depthwise", TORCH_BOX(&dsconv::depthwise));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(dsconv, CompositeExplicitAutograd, library) {
   library.impl("kernels", TORCH_BOX(&dsconv::kernels));
   library.impl("build_info", TORCH_BOX(&dsconv::build_info));

@@ -28,13 +28,16 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mfma", "-mf16c"]
 _AVX512 += ["-Wno-maybe-uninitialized"]  # gcc 12's own _mm512_reduce_* and _mm512_undefined_* trip over it
-# File name suffix of the sources that are compiled for one instruction set (x86-64 only), and its flags.
-ISA_FLAGS = {"avx2": _AVX2, "avx512": _AVX512}
+# The flags of an instruction set; the sources compiled for it end in its name (depthwise_avx2.cpp), x86-64 only.
+ISA_FLAGS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512}
 
 COMMON_FLAGS = ["-O3", "-std=c++20"]
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS += ["-fno-math-errno", "-ffp-contract=fast"]
 NVCC_FLAGS = [*COMMON_FLAGS, "-Xcompiler", "-Wall,-fvisibility=hidden"]
+# torch's build defines these for its own headers; the kernels include none and want CUDA's half-precision arithmetic.
+NVCC_FLAGS += [f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
+NVCC_FLAGS += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0"
 BYTES_PER_JOB = 2 << 30
@@ -65,17 +68,17 @@ class Cuda(NamedTuple):
         return flags
 
 
-def isa_of(source: str) -> str | None:
-    """The instruction set a source is compiled for ("avx2" of depthwise_avx2.cpp), None for the baseline."""
+def isa_of(source: str) -> str:
+    """The instruction set a source is compiled for: the key of `ISA_FLAGS` its name ends in, else "baseline"."""
     suffix = Path(source).stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else None
+    return suffix if suffix in ISA_FLAGS else "baseline"
 
 
 def sources(cuda: bool) -> list[str]:
     """Every source of the library, relative to the repository root, sorted."""
     patterns = ["*.cpp", "ops/*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if cuda else [])
     found = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
-    return [s for s in found if IS_X86 or isa_of(s) is None]
+    return [s for s in found if IS_X86 or isa_of(s) == "baseline"]
 
 
 def find_cuda() -> Cuda | None:
@@ -204,15 +207,14 @@ def build_ext_class() -> type:
         def build_extension(self, ext: Any) -> None:
             compile_group = self.compiler.compile  # torch's: writes one build.ninja with one set of flags and runs it
 
-            def compile_all(sources: list[str], output_dir: str, extra_postargs: dict[str, list[str]], **kwargs: Any):
-                groups: dict[str | None, list[str]] = {}
+            def compile_all(sources: list[str], output_dir: str, extra_postargs: Any, **rest: Any) -> list[str]:
+                groups: dict[str, list[str]] = {}
                 for source in sources:
                     groups.setdefault(isa_of(source), []).append(source)
                 objects = []
-                for isa, members in groups.items():
-                    folder = os.path.join(output_dir, isa or "baseline")
-                    flags = extra_postargs | {"cxx": extra_postargs["cxx"] + ISA_FLAGS.get(isa, [])}
-                    objects += compile_group(members, output_dir=folder, extra_postargs=flags, **kwargs)
+                for isa, group in groups.items():
+                    flags = extra_postargs | {"cxx": extra_postargs["cxx"] + ISA_FLAGS[isa]}
+                    objects += compile_group(group, os.path.join(output_dir, isa), extra_postargs=flags, **rest)
                 return objects
 
             self.compiler.compile = compile_all

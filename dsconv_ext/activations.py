@@ -36,7 +36,14 @@ def _hardsigmoid_backward(y: Tensor, grad: Tensor) -> Tensor:
     return torch.where((y > 0) & (y < 1), grad / 6, 0.0)
 
 
-# The backward ops of ATen are used as they are: they fix the derivative at kinks and for NaN, and are differentiable themselves.
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    sigmoid = torch.sigmoid(wide)
+    return (grad * (sigmoid * (1 + wide * (1 - sigmoid)))).to(grad.dtype)
+
+
+# The backward ops of ATen are used as they are: they fix the derivative at kinks and for NaN, and are differentiable themselves,
+# but for silu's.
 _TABLE: dict[str, _Activation] = {
     "none": _Activation(lambda z, _: z, lambda g, y, _: g, _always),
     "relu": _Activation(lambda z, _: F.relu(z), lambda g, y, _: _aten.threshold_backward(g, y, 0), _always),
@@ -45,7 +52,7 @@ _TABLE: dict[str, _Activation] = {
     "hardsigmoid": _Activation(
         lambda z, _: F.hardsigmoid(z), lambda g, y, _: _hardsigmoid_backward(y, g), _always
     ),
-    "silu": _Activation(lambda z, _: F.silu(z), lambda g, z, _: _aten.silu_backward(g, z), _never),
+    "silu": _Activation(lambda z, _: F.silu(z), lambda g, z, _: _silu_backward(g, z), _never),
     "gelu": _Activation(
         lambda z, _: F.gelu(z), lambda g, z, _: _aten.gelu_backward(g, z, approximate="none"), _never
     ),

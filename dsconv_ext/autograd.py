@@ -63,7 +63,7 @@ def depthwise(
             x, weight, bias, stride, padding, dilation, activation, activation_param, packed
         )
     if _functorch_level() is not None or forward_ad._current_level >= 0:
-        return _TransformableDepthwise.apply(
+        return _transformable_depthwise(
             x, weight, bias, stride, padding, dilation, activation, activation_param, None
         )
     if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -95,7 +95,7 @@ def separable(
     if _is_compiling():
         return _ops.separable.default(*tensors, *settings, packed)
     if _functorch_level() is not None or forward_ad._current_level >= 0:
-        return _TransformableSeparable.apply(*tensors, *settings, None)
+        return _transformable_separable(*tensors, *settings, None)
     if _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _fast_separable(*tensors, *settings, None)
     with _BelowAutograd():
@@ -128,7 +128,7 @@ def depthwise_backward(
         grad = activations.backward(grad, value, activation, activation_param)
     grads = iter(())
     if need_x or need_weight:
-        grads = iter(_TransformableGradients.apply(grad, x, weight, *geometry, need_x, need_weight))
+        grads = iter(_transformable_gradients(grad, x, weight, *geometry, need_x, need_weight))
     return (
         next(grads) if need_x else None,
         next(grads) if need_weight else None,
@@ -345,6 +345,10 @@ def _as_channels(bias: Tensor, like: Tensor) -> Tensor:
     return bias.reshape(-1, *[1] * (like.dim() - 2))
 
 
+class _Settings(tuple[Any, ...]):
+    """The arguments that are no tensors, as one leaf: nested tuples confuse the generated vmap rules."""
+
+
 def _setup_context(spec: Any) -> Callable[..., None]:
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         saved = spec.saved(inputs, output)
@@ -358,7 +362,7 @@ def _setup_context(spec: Any) -> Callable[..., None]:
 
 def _backward(spec: Any) -> Callable[..., Grads]:
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
-        nothing = (None,) * len(ctx.settings)
+        nothing = (None,) * (len(ctx.needs_input_grad) - spec.tensors)
         if all(g is None for g in grads):
             return (None,) * spec.tensors + nothing
         return (*spec.vjp(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad[: spec.tensors], *grads), *nothing)
@@ -381,10 +385,15 @@ def _fast_function(name: str, spec: Any) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply
 
 
-def _transformable_function(name: str, spec: Any) -> Any:
+def _transformable_function(name: str, spec: Any) -> Callable[..., Any]:
+    flat_setup_context = _setup_context(spec)
+
     def forward(*args: Any) -> Any:
         with _BelowAutograd():
-            return spec.forward(*args)
+            return spec.forward(*args[:-1], *args[-1])
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        flat_setup_context(ctx, (*inputs[:-1], *inputs[-1]), output)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return spec.jvp(ctx.saved_tensors, ctx.settings, *tangents[: spec.tensors])
@@ -392,18 +401,19 @@ def _transformable_function(name: str, spec: Any) -> Any:
     members = {
         "generate_vmap_rule": True,
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(_setup_context(spec)),
+        "setup_context": staticmethod(setup_context),
         "backward": staticmethod(_backward(spec)),
         "jvp": staticmethod(jvp),
     }
-    return type(name, (torch.autograd.Function,), members)
+    function = type(name, (torch.autograd.Function,), members)
+    return lambda *args: function.apply(*args[: spec.tensors], _Settings(args[spec.tensors :]))
 
 
 _fast_depthwise = _fast_function("Depthwise", _Depthwise)
 _fast_separable = _fast_function("Separable", _Separable)
-_TransformableDepthwise = _transformable_function("TransformableDepthwise", _Depthwise)
-_TransformableSeparable = _transformable_function("TransformableSeparable", _Separable)
-_TransformableGradients = _transformable_function("TransformableGradients", _Gradients)
+_transformable_depthwise = _transformable_function("TransformableDepthwise", _Depthwise)
+_transformable_separable = _transformable_function("TransformableSeparable", _Separable)
+_transformable_gradients = _transformable_function("TransformableGradients", _Gradients)
 
 
 def _differentiate(entry: Callable[..., Grads], tensors: int) -> Info:

@@ -312,6 +312,7 @@ def register(library: torch.library.Library) -> None:
     """Register the composition below every compiled kernel; without the library, also what it would say of itself."""
     for name, kernel in {
         "depthwise": _depthwise,
+        "depthwise_torch": _depthwise,
         "depthwise_backward": _depthwise_backward,
         "separable": _separable,
         "separable_backward": _separable_backward,

@@ -413,11 +413,12 @@ def _depthwise(
         if x.dim() == nd + 1:
             return _depthwise_op(x.unsqueeze(0), weight, bias, *settings, packed).squeeze(0)
         return _depthwise_op(x, weight, bias, *settings, packed)
-    except Exception:
-        # The operator checks its tensors on every call; the message is written out only once it has refused.
-        x = x.unsqueeze(0) if isinstance(x, Tensor) and x.dim() == nd + 1 else x
-        check_depthwise(f"depthwise_conv{nd}d", nd, x, weight, bias, *settings[:3])
-        raise
+    except Exception as error:
+        refusal = error
+    # The operator checks its tensors on every call; the message is written out only once it has refused.
+    x = x.unsqueeze(0) if isinstance(x, Tensor) and x.dim() == nd + 1 else x
+    check_depthwise(f"depthwise_conv{nd}d", nd, x, weight, bias, *settings[:3])
+    raise refusal
 
 
 def _separable(
@@ -448,6 +449,7 @@ def _separable(
             tensors = (x.unsqueeze(0), *weights, None if residual is None else residual.unsqueeze(0))
         y = _separable_op(*tensors, *settings, packed)
         return y.squeeze(0) if unbatched else y
-    except Exception:
-        check_separable(f"separable_conv{nd}d", nd, *tensors, *settings[:3])
-        raise
+    except Exception as error:
+        refusal = error
+    check_separable(f"separable_conv{nd}d", nd, *tensors, *settings[:3])  # as in _depthwise
+    raise refusal

@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,39 +97,38 @@ def use_depthwise(model: nn.Module) -> int:
     return len(found)
 
 
-def fold_batchnorm(model: nn.Module) -> int:
-    """Fold every BatchNorm of an eval-mode network into its convolution, in place; only its activation stays."""
-    folded = 0
+def use_separable(model: nn.Module) -> int:
+    """Replace depthwise, norm, pointwise, norm by one module in every block, in place, in eval mode; how many."""
+    replaced = 0
+    for block in model.modules():
+        if not isinstance(block, (DepthwiseSeparableConv, InvertedResidual)):
+            continue
+        names = [name for pair in CONV_NORM[type(block)][-2:] for name in pair]
+        depthwise, depthwise_norm, pointwise, pointwise_norm = (getattr(block, name) for name in names)
+        between = [block.aa, block.se]  # anti-aliasing and squeeze-excite need the whole depthwise map
+        if is_depthwise(depthwise) and all(isinstance(module, nn.Identity) for module in between):
+            fused = DepthwiseSeparableConv2d.from_convs(
+                depthwise,
+                pointwise,
+                depthwise_bn=depthwise_norm,
+                pointwise_bn=pointwise_norm,
+                mid_activation=ACTIVATIONS[type(depthwise_norm.act)],
+                activation=ACTIVATIONS[type(pointwise_norm.act)],
+            )
+            for name, module in zip(names, (fused, nn.Identity(), nn.Identity(), nn.Identity()), strict=True):
+                setattr(block, name, module)
+            replaced += 1
+    return replaced
+
+
+def fold_batchnorm(model: nn.Module) -> None:
+    """Fold every BatchNorm of an eval-mode network into the convolution before it, in place; its activation stays."""
     for module in list(model.modules()):
         for conv_name, norm_name in CONV_NORM.get(type(module), ()):
             conv, norm = getattr(module, conv_name), getattr(module, norm_name)
             if isinstance(conv, nn.Conv2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, norm.act)
-                folded += 1
-    return folded
-
-
-def use_separable(model: nn.Module) -> int:
-    """Replace depthwise, activation, pointwise, activation of a folded network by one module, in place; how many."""
-    replaced = 0
-    for block in model.modules():
-        if not isinstance(block, (DepthwiseSeparableConv, InvertedResidual)):
-            continue
-        (depthwise, mid), (pointwise, out) = CONV_NORM[type(block)][-2:]
-        between = [block.aa, block.se]  # anti-aliasing and squeeze-excite need the whole depthwise map
-        if is_depthwise(getattr(block, depthwise)) and all(isinstance(module, nn.Identity) for module in between):
-            fused = DepthwiseSeparableConv2d.from_convs(
-                getattr(block, depthwise),
-                getattr(block, pointwise),
-                mid_activation=ACTIVATIONS[type(getattr(block, mid))],
-                activation=ACTIVATIONS[type(getattr(block, out))],
-            )
-            setattr(block, depthwise, fused)
-            for name in (mid, pointwise, out):
-                setattr(block, name, nn.Identity())
-            replaced += 1
-    return replaced
 
 
 @dataclass
@@ -148,10 +148,10 @@ class Variant:
 
 def build_variants(original: nn.Module) -> list[Variant]:
     channels_last = copy.deepcopy(original).to(memory_format=torch.channels_last)
-    folded = copy.deepcopy(channels_last)
-    fold_batchnorm(folded)
-    depthwise, separable = copy.deepcopy(channels_last), copy.deepcopy(folded)
+    folded, depthwise, separable = (copy.deepcopy(channels_last) for _ in range(3))
     replaced_depthwise, replaced_separable = use_depthwise(depthwise), use_separable(separable)
+    fold_batchnorm(folded)
+    fold_batchnorm(separable)  # what is left: the stem, the expansions, the head
     return [
         Variant("eager", original, False, baseline=0),
         Variant("channels_last", channels_last, True, baseline=0),
@@ -205,6 +205,13 @@ def measure(
     return [sorted(series) for series in times]
 
 
+@torch.inference_mode()
+def kernels_of(variant: Variant, images: torch.Tensor) -> str:
+    """The kernels one call of the network takes, and how often each."""
+    explanation = dsconv_ext.explain(variant.model, variant.arrange(images))
+    return ", ".join(f"{count} x {name}" for name, count in Counter(explanation.chosen).items())
+
+
 def check_network(name: str, options: argparse.Namespace, console: Console) -> bool:
     torch.manual_seed(0)
     model, pretrained = load_network(name, options.pretrained, console)
@@ -231,12 +238,15 @@ def check_network(name: str, options: argparse.Namespace, console: Console) -> b
             f"{number} {variant.label}",
             str(variant.replaced or ""),
             f"{'' if agreement.passed else '[red]'}{agreement.error:.1e}{'' if agreement.same_top5 else ' top-5'}",
-            f"{medians[number]:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{speedup:.2f}x over {variant.baseline}" if number else "",
+            f"{medians[number]:.1f}",
+            f"{low:.1f}-{high:.1f}",
+            f"{speedup:.2f}x vs {variant.baseline}" if number else "",
         )
     console.print(table)
     passed = all(agreement.passed for agreement in agreements)
+    for number, variant in enumerate(variants):
+        if variant.replaced:
+            console.print(f"kernels of form {number}: {kernels_of(variant, timed)}", highlight=False)
     console.print(
         f"against float64 on {len(images)} photographs, error at most {agreements[0].limit:.1e} and the same top-5: "
         + ("[green]all agree" if passed else "[red]FAILED")

@@ -192,8 +192,12 @@ class Case:
             shapes["residual"] = (self.batch, self.out_channels, *self.output_size)
         return shapes
 
+    def unfused(self) -> Case:
+        """The same problem without a wish how it is computed."""
+        return replace(self, fuse="auto")
+
     def generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self} {purpose}".encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.unfused()} {purpose}".encode()))
 
     def inputs(self, integer: bool, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of the problem: small integers, or random numbers that float32 holds.
@@ -318,7 +322,7 @@ class Deck:
         return self.left.pop()
 
 
-def generate(family: str, count: int, seed: int = 0, budget: int = 4_000_000) -> list[Case]:
+def generate(family: str, count: int, seed: int = 0, budget: int = 1_500_000) -> list[Case]:
     """``count`` random problems of a family, each within a ``budget`` of multiplications; the same for the same seed."""
     rng = random.Random(f"{family} {seed}")
     op, rank = family[:-2], int(family[-2])

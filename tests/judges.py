@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,6 +93,12 @@ def check_untouched(case: Case, tensors: dict[str, Tensor], before: dict[str, Te
         assert bool(bands.isnan().all()), f"{case}\n  the memory around {name} was overwritten"
 
 
+@functools.lru_cache(maxsize=256)
+def exact_truth(case: Case, device: str) -> Result:
+    tensors = case.inputs(integer=True, device=device)
+    return evaluate(composition, case, cast(tensors, torch.float64), lambda y: case.upstream(y, integer=True))
+
+
 def check_exact(case: Case, function: Function = subject, device: str = "cpu") -> None:
     """Judge (a): on small integers every value and every gradient is the true one, rounded once."""
     case = case.exact()
@@ -99,25 +106,29 @@ def check_exact(case: Case, function: Function = subject, device: str = "cpu") -
     before = {name: t.clone() for name, t in tensors.items()}
     ours = evaluate(function, case, tensors, lambda y: case.upstream(y, integer=True))
     check_untouched(case, tensors, before)
-    truth = evaluate(composition, case, cast(tensors, torch.float64), lambda y: case.upstream(y, integer=True))
-    for (name, value), (_, reference) in zip(ours.items(), truth.items(), strict=True):
+    for (name, value), (_, reference) in zip(ours.items(), exact_truth(case.unfused(), device).items(), strict=True):
         assert_equal(name, value, reference, f"{case} (integers)")
     check_layout(case, tensors, ours)
 
 
-def check_accuracy(case: Case, function: Function = subject, device: str = "cpu") -> None:
-    """Judge (b): on random data no value is more than twice as wrong as PyTorch's, up to four ulp."""
+@functools.lru_cache(maxsize=256)
+def accuracy_truth(case: Case, device: str) -> tuple[Tensor, Result, Result]:
+    """The upstream gradient, zero next to the kinks of the output activation; the truth; and PyTorch's own result."""
     tensors = case.inputs(integer=False, device=device)
     truths = cast(tensors, torch.float64)
     with torch.no_grad():
-        keep = oracle.away_from_kinks(composition_sum(case, truths), case.activation, KINK_DISTANCE[case.dtype])
+        pre_activation = composition_sum(case, truths)
+    g = case.upstream(pre_activation, integer=False).to(case.dtype)
+    g *= oracle.away_from_kinks(pre_activation, case.activation, KINK_DISTANCE[case.dtype])
+    truth = evaluate(composition, case, truths, g.to)
+    yardstick = evaluate(composition, case, cast(tensors, YARDSTICK.get(case.dtype, case.dtype)), g.to)
+    return g, truth, yardstick
 
-    def g(y: Tensor) -> Tensor:
-        return case.upstream(y, integer=False).to(case.dtype).to(y.dtype) * keep
 
-    ours = evaluate(function, case, tensors, g)
-    truth = evaluate(composition, case, truths, g)
-    yardstick = evaluate(composition, case, cast(tensors, YARDSTICK.get(case.dtype, case.dtype)), g)
+def check_accuracy(case: Case, function: Function = subject, device: str = "cpu") -> None:
+    """Judge (b): on random data no value is more than twice as wrong as PyTorch's, up to four ulp."""
+    g, truth, yardstick = accuracy_truth(case.unfused(), device)
+    ours = evaluate(function, case, case.inputs(integer=False, device=device), lambda y: torch.empty_like(y).copy_(g))
     triples = zip(ours.items(), truth.items(), yardstick.items(), strict=True)
     for (name, value), (_, reference), (_, theirs) in triples:
         assert_accurate(name, value, reference, theirs, str(case))

@@ -15,7 +15,8 @@ ACTIVATIONS = {
     "relu": lambda x, _: F.relu(x),
     "relu6": lambda x, _: F.relu6(x),
     "hardswish": lambda x, _: F.hardswish(x),
-    "hardsigmoid": lambda x, _: F.hardsigmoid(x),
+    # ATen's backward multiplies by a sixth in single precision, also in float64
+    "hardsigmoid": lambda x, _: F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x),
     "silu": lambda x, _: F.silu(x),
     "gelu": lambda x, _: F.gelu(x),
     "gelu_tanh": lambda x, _: F.gelu(x, approximate="tanh"),
@@ -40,9 +41,23 @@ def pad(x: Tensor, padding) -> Tensor:
 
 
 def depthwise_sum(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
-    """The depthwise convolution without its activation."""
-    convolve = CONV[x.dim() - 2]
-    return convolve(pad(x, padding), weight, bias, stride=stride, dilation=dilation, groups=x.shape[1])
+    """The depthwise convolution without its activation.
+
+    In float64, where PyTorch loops over the groups, as products of windows; the two are compared in test_cases.py.
+    """
+    if x.dtype == torch.float64:
+        return windows_sum(pad(x, padding), weight, bias, stride, dilation)
+    return CONV[x.dim() - 2](pad(x, padding), weight, bias, stride=stride, dilation=dilation, groups=x.shape[1])
+
+
+def windows_sum(x: Tensor, weight: Tensor, bias: Tensor | None, stride, dilation) -> Tensor:
+    """The unpadded depthwise convolution from its definition."""
+    spatial = x.dim() - 2
+    for i, (k, s, d) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True)):
+        x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]  # appends a dimension: the taps
+    filters = weight.unflatten(0, (x.shape[1], -1)).flatten(2)
+    y = torch.einsum("nc...t,cmt->ncm...", x.flatten(2 + spatial), filters).flatten(1, 2)
+    return y if bias is None else y + bias.view(-1, *[1] * spatial)
 
 
 def depthwise(x, weight, bias, stride, padding, dilation, activation=("none", 0.0)) -> Tensor:

@@ -73,6 +73,21 @@ def test_integer_problems_stay_exact(family):
         assert torch.equal(middle.bfloat16().double(), middle), str(case)
 
 
+@pytest.mark.parametrize("family", ["dw1d", "dw2d", "dw3d"])
+def test_the_judge_agrees_with_the_convolution_of_pytorch(family):
+    """The definition that is used in float64 is ``F.conv`` with groups, values and gradients."""
+    for case in cases.generate(family, 12):
+        tensors = [t.double().requires_grad_() for t in case.inputs(integer=False).values()]
+        x, weight, bias = (*tensors, None)[:3]
+        stride, padding, dilation = case.geometry
+        padded = oracle.pad(x, padding)
+        ours = oracle.windows_sum(padded, weight, bias, stride, dilation)
+        theirs = oracle.CONV[case.spatial](padded, weight, bias, stride, 0, dilation, case.channels)
+        g = case.upstream(ours, integer=False)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours, tensors, g), torch.autograd.grad(theirs, tensors, g))
+
+
 def test_error_measure():
     reference = torch.tensor([3.0, 4.0], dtype=torch.float64)
     rms = math.sqrt(12.5)

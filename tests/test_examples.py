@@ -1,6 +1,7 @@
 """The examples in their short form; and that the demo's comparison notices every kind of wrong network."""
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+ROOT = Path(__file__).parents[1]
 for package in ("rich", "skimage", "sklearn", "timm"):
     pytest.importorskip(package)
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 import demo  # noqa: E402
 import train_digits  # noqa: E402
@@ -89,5 +91,12 @@ def test_demo_pretrained_falls_back(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_train_digits_reports_low_accuracy() -> None:
-    assert train_digits.main(["--epochs", "12"]) == 0
     assert train_digits.main(["--epochs", "1"]) == 1
+
+
+README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(README_EXAMPLES)))
+def test_readme_example(number: int) -> None:
+    exec(README_EXAMPLES[number], {})

@@ -2,7 +2,7 @@
 #define DSCONV_ISA reference
 #define DSCONV_VECTOR_BYTES 16
 
-#include "cpu/activation.h"
+#include "cpu/activation_rows.h"
 #include "cpu/kernel_of.h"
 
 namespace dsconv::cpu::reference {

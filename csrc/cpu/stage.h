@@ -2,7 +2,7 @@
 // where the box leaves the tensor. Every layout, dtype and padding ends here; the arithmetic behind it sees one format.
 #pragma once
 
-#include "activation.h"
+#include "activation_rows.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 

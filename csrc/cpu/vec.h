@@ -9,8 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "geometry.h"
-#include "problem.h"
+#include "activations.h"
 
 #define DSCONV_INLINE static inline __attribute__((always_inline))
 
@@ -64,17 +63,6 @@ struct ComputeOf<double> {
 };
 template <class S>
 using Compute = typename ComputeOf<S>::type;
-
-DSCONV_INLINE uint32_t bits_of(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-DSCONV_INLINE float float_of(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
 
 DSCONV_INLINE double widen(double x) { return x; }
 DSCONV_INLINE float widen(float x) { return x; }

@@ -49,8 +49,9 @@ inline const int64_t* spatial_of(const Tensor& x, const int64_t (&size)[3]) { re
 // Output channels of a depthwise problem, elements of its output.
 inline int64_t channels_of(const DepthwiseProblem& p) { return p.channels * p.multiplier; }
 
-// The machine behind x's device.
+// The machine behind x's device, and whether this library holds code for it.
 const Machine& machine_of(const Tensor& x);
+inline bool has_kernels(const Tensor& x) { return x.is_cpu() || machine_of(x).sm > 0; }
 
 // Chooses the row of a pass and runs it on x's device and current stream. `op` names the operator in explanations.
 void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x);

@@ -4,6 +4,16 @@ namespace dsconv {
 
 Tensor undefined() { return Tensor(); }
 
+// The composition of PyTorch operators that Python registers, for a device this library has no kernel for. It says so itself.
+static Tensor depthwise_torch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride, const IntList& padding,
+                              const IntList& dilation, const std::string& activation, double activation_param) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(x),        from(weight),     from(bias),             from(stride),          from(padding),
+                                    from(dilation), from(activation), from(activation_param), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::depthwise_torch", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec activation, const Tensor& x) {
   p.activation = activation;
   Tensor y = empty_output(x, channels_of(p), spatial_of(x, p.window.out));
@@ -15,7 +25,9 @@ Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec acti
 Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride, const IntList& padding,
                  const IntList& dilation, const std::string& activation, double activation_param, const OptionalTensor&) {
   const ActivationSpec spec = parse_activation("activation", activation, activation_param);
-  return depthwise_forward("depthwise", depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec), spec, x);
+  const DepthwiseProblem p = depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec);
+  if (!has_kernels(x)) return depthwise_torch(x, weight, bias, stride, padding, dilation, activation, activation_param);
+  return depthwise_forward("depthwise", p, spec, x);
 }
 
 DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const Tensor& grad, const OptionalTensor& saved, const Tensor& x,

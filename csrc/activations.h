@@ -1,14 +1,29 @@
-// Activations and their derivatives over arrays of the compute type. Values at kinks and for NaN are ATen's.
+// Activations and their derivatives, one value at a time, for every target. Values at kinks and for NaN are ATen's.
+// Everything is static and always inlined: an ISA-specific object must not share a copy with the others.
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
-#include "vec.h"
+#include "geometry.h"
 
-namespace dsconv::cpu::DSCONV_ISA {
+#define DSCONV_SCALAR DSCONV_HD static inline __attribute__((always_inline))
+
+namespace dsconv {
+
+DSCONV_SCALAR uint32_t bits_of(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+DSCONV_SCALAR float float_of(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
 
 // exp to about 1 ulp without branches, so that loops over it vectorise: 2^n * exp(r), |r| <= ln2/2, polynomial of degree 6 (Cephes).
-DSCONV_INLINE float fast_exp(float x) {
+DSCONV_SCALAR float fast_exp(float x) {
   const float clamped = x < -87.3f ? -87.3f : x > 88.72f ? 88.72f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
   const float n = shifted - 12582912.0f;
@@ -26,33 +41,37 @@ DSCONV_INLINE float fast_exp(float x) {
   const float y = p * low * high;
   return x != x ? x : x > 88.72f ? INFINITY : x < -87.3f ? 0.0f : y;
 }
-DSCONV_INLINE float exponential(float x) { return fast_exp(x); }
-DSCONV_INLINE double exponential(double x) { return exp(x); }
-DSCONV_INLINE float error_function(float x) { return erff(x); }
-DSCONV_INLINE double error_function(double x) { return erf(x); }
-DSCONV_INLINE float hyperbolic_tangent(float x) { return tanhf(x); }
-DSCONV_INLINE double hyperbolic_tangent(double x) { return ::tanh(x); }
-DSCONV_INLINE float exp_minus_one(float x) { return expm1f(x); }
-DSCONV_INLINE double exp_minus_one(double x) { return expm1(x); }
+#if defined(__CUDA_ARCH__)
+DSCONV_SCALAR float exponential(float x) { return expf(x); }
+#else
+DSCONV_SCALAR float exponential(float x) { return fast_exp(x); }
+#endif
+DSCONV_SCALAR double exponential(double x) { return exp(x); }
+DSCONV_SCALAR float error_function(float x) { return erff(x); }
+DSCONV_SCALAR double error_function(double x) { return erf(x); }
+DSCONV_SCALAR float hyperbolic_tangent(float x) { return tanhf(x); }
+DSCONV_SCALAR double hyperbolic_tangent(double x) { return ::tanh(x); }
+DSCONV_SCALAR float exp_minus_one(float x) { return expm1f(x); }
+DSCONV_SCALAR double exp_minus_one(double x) { return expm1(x); }
 
 template <class T>
-DSCONV_INLINE T logistic(T x) {
+DSCONV_SCALAR T logistic(T x) {
   return T(1) / (T(1) + exponential(-x));
 }
 template <class T>
-DSCONV_INLINE T clamp_0_6(T x) {  // NaN stays NaN
+DSCONV_SCALAR T clamp_0_6(T x) {  // NaN stays NaN
   return x < T(0) ? T(0) : x > T(6) ? T(6) : x;
 }
 
 constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794, kSqrt2OverPi = 0.79788456080286535588;
 
 template <class T>
-DSCONV_INLINE T gelu_tanh_argument(T x) {
+DSCONV_SCALAR T gelu_tanh_argument(T x) {
   return T(kSqrt2OverPi) * (x + T(0.044715) * x * x * x);
 }
 
 template <Activation kind, class T>
-DSCONV_INLINE T activate(T x, T param) {
+DSCONV_SCALAR T activate(T x, T param) {
   if constexpr (kind == Activation::relu) return x < T(0) ? T(0) : x;
   if constexpr (kind == Activation::relu6) return clamp_0_6(x);
   if constexpr (kind == Activation::hardswish) return x * clamp_0_6(x + T(3)) / T(6);
@@ -70,7 +89,7 @@ DSCONV_INLINE T activate(T x, T param) {
 // d activation / d pre-activation, times the gradient g. `saved` is the output where derivative_from_output() says so, else the
 // pre-activation. Comparisons are written as ATen writes them: they decide what a NaN does.
 template <Activation kind, bool from_output, class T>
-DSCONV_INLINE T masked_gradient(T g, T saved, T param) {
+DSCONV_SCALAR T masked_gradient(T g, T saved, T param) {
   const T s = saved;
   if constexpr (kind == Activation::relu) return s <= T(0) ? T(0) : g;
   if constexpr (kind == Activation::relu6) return s <= T(0) || s >= T(6) ? T(0) : g;
@@ -98,7 +117,7 @@ DSCONV_INLINE T masked_gradient(T g, T saved, T param) {
 
 // Calls fn.template operator()<kind>() for the run-time kind.
 template <class Fn>
-DSCONV_INLINE void with_activation(Activation kind, Fn fn) {
+DSCONV_SCALAR void with_activation(Activation kind, Fn fn) {
   switch (kind) {
 #define DSCONV_CASE(name) \
   case Activation::name: return fn.template operator()<Activation::name>();
@@ -118,25 +137,4 @@ DSCONV_INLINE void with_activation(Activation kind, Fn fn) {
   }
 }
 
-template <class T>
-static void activate_row(ActivationSpec spec, T* values, int64_t count) {
-  if (spec.kind == Activation::none) return;
-  with_activation(spec.kind, [&]<Activation kind>() {
-    const T param = static_cast<T>(spec.param);
-    for (int64_t i = 0; i < count; ++i) values[i] = activate<kind>(values[i], param);
-  });
-}
-
-template <class T>
-static void mask_row(ActivationSpec spec, T* gradient, const T* saved, int64_t count) {
-  with_activation(spec.kind, [&]<Activation kind>() {
-    const T param = static_cast<T>(spec.param);
-    if (derivative_from_output(spec)) {
-      for (int64_t i = 0; i < count; ++i) gradient[i] = masked_gradient<kind, true>(gradient[i], saved[i], param);
-    } else {
-      for (int64_t i = 0; i < count; ++i) gradient[i] = masked_gradient<kind, false>(gradient[i], saved[i], param);
-    }
-  });
-}
-
-}  // namespace dsconv::cpu::DSCONV_ISA
+}  // namespace dsconv
