@@ -77,16 +77,16 @@ format: $(STAMP) ## apply the style
 	ruff format .
 	$(CXX_FILES) | xargs -r clang-format -i
 
-bench: build ## run the benchmarks (ARGS="--op separable ...")
-	"$(PY)" -m bench run $(ARGS)
+bench: build ## run the benchmarks (ARGS="overhead --json out.json")
+	"$(PY)" -m bench $(or $(ARGS),overhead)
 
 wheel: $(STAMP) ## build a wheel into dist/
 	"$(PY)" -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-gpu-check: build ## run the GPU tests and the benchmarks, write build/gpu-report.txt
+gpu-check: build ## run the GPU tests, write build/gpu-report.txt
 	@"$(PY)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "gpu-check: torch sees no GPU on this machine; nothing was checked."; exit 1; }
-	{ nvidia-smi; "$(PY)" -m dsconv_ext info; "$(PY)" -m pytest tests -q -m cuda; "$(PY)" -m bench run $(ARGS); } 2>&1 \
+	{ nvidia-smi; "$(PY)" -m dsconv_ext info; "$(PY)" -m pytest tests -q -m cuda; } 2>&1 \
 	    | tee build/gpu-report.txt
 
 smoke: build $(SMOKE)/.dsconv_ext-setup ## load the same library in the oldest supported torch and try it

@@ -22,7 +22,8 @@ DSCONV_SCALAR float float_of(uint32_t u) {
   return f;
 }
 
-// exp to about 1 ulp without branches, so that loops over it vectorise: 2^n * exp(r), |r| <= ln2/2, polynomial of degree 6 (Cephes).
+// exp to about 1 ulp without branches, so that loops over it vectorise: 2^n * exp(r), |r| <= ln2/2, polynomial of
+// degree 6 (Cephes).
 DSCONV_SCALAR float fast_exp(float x) {
   const float clamped = x < -87.3f ? -87.3f : x > 88.72f ? 88.72f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
@@ -37,7 +38,8 @@ DSCONV_SCALAR float fast_exp(float x) {
   p = p * r * r + r + 1.0f;
   // The scale is applied in two halves: 2^128 alone would not be a float.
   const int32_t k = static_cast<int32_t>(bits_of(shifted)) - 0x4b400000, half = k >> 1;
-  const float low = float_of(static_cast<uint32_t>(half + 127) << 23), high = float_of(static_cast<uint32_t>(k - half + 127) << 23);
+  const float low = float_of(static_cast<uint32_t>(half + 127) << 23),
+              high = float_of(static_cast<uint32_t>(k - half + 127) << 23);
   const float y = p * low * high;
   return x != x ? x : x > 88.72f ? INFINITY : x < -87.3f ? 0.0f : y;
 }
@@ -63,7 +65,8 @@ DSCONV_SCALAR T clamp_0_6(T x) {  // NaN stays NaN
   return x < T(0) ? T(0) : x > T(6) ? T(6) : x;
 }
 
-constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794, kSqrt2OverPi = 0.79788456080286535588;
+constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794,
+                 kSqrt2OverPi = 0.79788456080286535588;
 
 template <class T>
 DSCONV_SCALAR T gelu_tanh_argument(T x) {
@@ -86,8 +89,8 @@ DSCONV_SCALAR T activate(T x, T param) {
   return x;
 }
 
-// d activation / d pre-activation, times the gradient g. `saved` is the output where derivative_from_output() says so, else the
-// pre-activation. Comparisons are written as ATen writes them: they decide what a NaN does.
+// d activation / d pre-activation, times the gradient g. `saved` is the output where derivative_from_output() says so,
+// else the pre-activation. Comparisons are written as ATen writes them: they decide what a NaN does.
 template <Activation kind, bool from_output, class T>
 DSCONV_SCALAR T masked_gradient(T g, T saved, T param) {
   const T s = saved;

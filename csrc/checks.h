@@ -4,4 +4,5 @@
 #include <torch/headeronly/util/Exception.h>
 
 // DSCONV_CHECK(condition, argument, got, wanted)
-#define DSCONV_CHECK(condition, argument, got, ...) STD_TORCH_CHECK(condition, argument, ": got ", got, ", expected ", __VA_ARGS__)
+#define DSCONV_CHECK(condition, argument, got, ...) \
+  STD_TORCH_CHECK(condition, argument, ": got ", got, ", expected ", __VA_ARGS__)

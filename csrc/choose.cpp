@@ -5,12 +5,12 @@
 namespace dsconv {
 
 // The implementations live in objects compiled for their target; only their addresses are known here.
-#define DSCONV_DECLARE_CPU(isa)                                                                       \
-  namespace cpu::isa {                                                                                \
+#define DSCONV_DECLARE_CPU(isa)                                                                         \
+  namespace cpu::isa {                                                                                  \
   extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight, tiled_mask; \
-  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                               \
-  extern const Kernel<SeparableProblem> fused_forward;                                                \
-  extern const Packer panel_packer;                                                                   \
+  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                                 \
+  extern const Kernel<SeparableProblem> fused_forward;                                                  \
+  extern const Packer panel_packer;                                                                     \
   }
 DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
@@ -26,7 +26,8 @@ extern const Kernel<DepthwiseProblem> direct_forward;
 
 const std::vector<Row>& kernel_table() {
   static const std::vector<Row> table = {
-#define DSCONV_KERNEL(pass, name, target, efficiency, implementation) Row{Pass::pass, #name, Target::target, efficiency, &implementation},
+#define DSCONV_KERNEL(pass, name, target, efficiency, implementation) \
+  Row{Pass::pass, #name, Target::target, efficiency, &implementation},
 #include "kernels.inc"
 #undef DSCONV_KERNEL
   };
@@ -42,7 +43,8 @@ const Packer* packer_of(Target target) {
 }
 
 const char* name_of(Pass pass) {
-  static constexpr const char* kNames[] = {"depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad", "mask", "pointwise_fwd", "pointwise_wgrad", "separable_fwd"};
+  static constexpr const char* kNames[] = {"depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad", "mask",
+                                           "pointwise_fwd", "pointwise_wgrad", "separable_fwd"};
   return kNames[static_cast<int>(pass)];
 }
 const char* name_of(Target target) {
@@ -62,7 +64,8 @@ struct Cost {
 };
 
 Cost cost_of(const DepthwiseProblem& p) {
-  const double outputs = numel(p.batch, p.channels * p.multiplier, p.window.out), inputs = numel(p.batch, p.channels, p.window.in);
+  const double outputs = numel(p.batch, p.channels * p.multiplier, p.window.out),
+               inputs = numel(p.batch, p.channels, p.window.in);
   return {2 * outputs * product(p.window.taps), (outputs + inputs) * element_size(p.dtype)};
 }
 Cost cost_of(const PointwiseProblem& p) {
@@ -73,7 +76,8 @@ Cost cost_of(const PointwiseProblem& p) {
 
 double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine) {
   // A narrower instruction set halves the rate per step; fp64 halves it again.
-  const int steps = machine.target == Target::cuda ? 0 : static_cast<int>(machine.target) - static_cast<int>(row.target);
+  const int steps =
+      machine.target == Target::cuda ? 0 : static_cast<int>(machine.target) - static_cast<int>(row.target);
   const double rate = machine.peak_gflops * row.efficiency / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
   return std::max(cost.flops / rate, cost.bytes / bandwidth) * 1e-3;
@@ -91,17 +95,24 @@ bool is_preferred(const Row& row, const Preferred& preferred) {
 
 }  // namespace
 
-double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) { return time_us(cost_of(p), row, p.dtype, machine); }
-double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) { return time_us(cost_of(p), row, p.dtype, machine); }
+double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) {
+  return time_us(cost_of(p), row, p.dtype, machine);
+}
+double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) {
+  return time_us(cost_of(p), row, p.dtype, machine);
+}
 double estimate_us(const Row& row, const SeparableProblem& p, const Machine& machine) {
   // The depthwise half runs at about half the rate of the product, and its map stays in the cache.
   const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
-  const double map = 2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
-  return time_us({2 * depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p.depthwise.dtype, machine);
+  const double map =
+      2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
+  return time_us({2 * depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row,
+                 p.depthwise.dtype, machine);
 }
 
 template <class Problem>
-const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred, std::vector<Candidate>* candidates) {
+const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred,
+                  std::vector<Candidate>* candidates) {
   const Row* best = nullptr;
   double best_us = 0;
   for (const Row& row : kernel_table()) {
@@ -124,8 +135,8 @@ template const Row* choose(Pass, const DepthwiseProblem&, const Machine&, const 
 template const Row* choose(Pass, const PointwiseProblem&, const Machine&, const Preferred&, std::vector<Candidate>*);
 template const Row* choose(Pass, const SeparableProblem&, const Machine&, const Preferred&, std::vector<Candidate>*);
 
-SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Machine& machine, const Preferred& preferred,
-                                 std::vector<Candidate>* candidates) {
+SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Machine& machine,
+                                 const Preferred& preferred, std::vector<Candidate>* candidates) {
   SeparableChoice choice{choose(Pass::separable_fwd, p, machine, preferred, candidates), nullptr, nullptr};
   std::vector<Candidate> parts;
   if (!choice.fused || fuse != Fuse::always || candidates) {
@@ -133,14 +144,18 @@ SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Mac
     choice.pointwise = choose(Pass::pointwise_fwd, p.pointwise, machine, preferred);
   }
   const bool separate = choice.depthwise && choice.pointwise;
-  const double separate_us = separate ? estimate_us(*choice.depthwise, p.depthwise, machine) + estimate_us(*choice.pointwise, p.pointwise, machine) : 0;
+  const double separate_us = separate ? estimate_us(*choice.depthwise, p.depthwise, machine) +
+                                            estimate_us(*choice.pointwise, p.pointwise, machine)
+                                      : 0;
   if (candidates) {
-    const std::string name = separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
+    const std::string name =
+        separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
     candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
   }
   if (!choice.fused || !separate || fuse == Fuse::always) return choice;
   const bool forced = is_preferred(*choice.depthwise, preferred) || is_preferred(*choice.pointwise, preferred);
-  const bool keep = is_preferred(*choice.fused, preferred) || (!forced && estimate_us(*choice.fused, p, machine) <= separate_us);
+  const bool keep =
+      is_preferred(*choice.fused, preferred) || (!forced && estimate_us(*choice.fused, p, machine) <= separate_us);
   if (fuse == Fuse::never || !keep) choice.fused = nullptr;
   return choice;
 }

@@ -1,5 +1,5 @@
-// Which row of kernels.inc runs: legality and estimated cost of every row, from the problem and a description of the machine.
-// Pure: no torch, no hardware is asked, so tests choose for machines they do not have.
+// Which row of kernels.inc runs: legality and estimated cost of every row, from the problem and a description of the
+// machine. Pure: no torch, no hardware is asked, so tests choose for machines they do not have.
 #pragma once
 
 #include <string>
@@ -11,19 +11,27 @@
 
 namespace dsconv {
 
-enum class Pass : uint8_t { depthwise_fwd, depthwise_dgrad, depthwise_wgrad, mask, pointwise_fwd, pointwise_wgrad, separable_fwd };
+enum class Pass : uint8_t {
+  depthwise_fwd,
+  depthwise_dgrad,
+  depthwise_wgrad,
+  mask,
+  pointwise_fwd,
+  pointwise_wgrad,
+  separable_fwd
+};
 
 // Instruction sets in ascending order, then devices.
 enum class Target : uint8_t { portable, avx2, avx512, cuda };
 
 // The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
 struct Machine {
-  Target target;         // the best instruction set allowed, or cuda
-  int sm;                // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
-  double peak_gflops;    // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
-  double cache_gbs;      // one core's L2, or the device's L2
-  double memory_gbs;     // beyond the caches
-  int64_t cache_bytes;   // what stays in the cache between two passes
+  Target target;        // the best instruction set allowed, or cuda
+  int sm;               // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
+  double peak_gflops;   // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
+  double cache_gbs;     // one core's L2, or the device's L2
+  double memory_gbs;    // beyond the caches
+  int64_t cache_bytes;  // what stays in the cache between two passes
 };
 
 struct Row {
@@ -31,7 +39,8 @@ struct Row {
   const char* name;
   Target target;
   double efficiency;
-  std::variant<const Kernel<DepthwiseProblem>*, const Kernel<PointwiseProblem>*, const Kernel<SeparableProblem>*> kernel;
+  std::variant<const Kernel<DepthwiseProblem>*, const Kernel<PointwiseProblem>*, const Kernel<SeparableProblem>*>
+      kernel;
 };
 
 const std::vector<Row>& kernel_table();
@@ -52,7 +61,8 @@ using Preferred = std::vector<std::string>;
 
 // The legal row with the lowest estimate, or null. `candidates`, when given, receives every row of the pass.
 template <class Problem>
-const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred, std::vector<Candidate>* candidates = nullptr);
+const Row* choose(Pass pass, const Problem& problem, const Machine& machine, const Preferred& preferred,
+                  std::vector<Candidate>* candidates = nullptr);
 
 double estimate_us(const Row& row, const DepthwiseProblem& problem, const Machine& machine);
 double estimate_us(const Row& row, const PointwiseProblem& problem, const Machine& machine);
@@ -66,8 +76,8 @@ struct SeparableChoice {
   const Row* depthwise;
   const Row* pointwise;
 };
-SeparableChoice choose_separable(const SeparableProblem& problem, Fuse fuse, const Machine& machine, const Preferred& preferred,
-                                 std::vector<Candidate>* candidates = nullptr);
+SeparableChoice choose_separable(const SeparableProblem& problem, Fuse fuse, const Machine& machine,
+                                 const Preferred& preferred, std::vector<Candidate>* candidates = nullptr);
 
 template <class Problem>
 const Kernel<Problem>& kernel_of(const Row& row) {

@@ -9,9 +9,10 @@ namespace dsconv {
 Target detected_isa() {
 #if DSCONV_X86
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return Target::portable;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return Target::portable;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? Target::avx512 : Target::avx2;
 #else
   return Target::portable;
@@ -25,10 +26,12 @@ const Machine& cpu_machine() {
       const std::string name = wanted;
       Target limit = Target::portable;
       while (limit != Target::cuda && name != name_of(limit)) limit = static_cast<Target>(static_cast<int>(limit) + 1);
-      if (limit == Target::cuda) throw std::runtime_error("DSCONV_CPU_ISA: got '" + name + "', expected avx512, avx2 or portable");
+      if (limit == Target::cuda)
+        throw std::runtime_error("DSCONV_CPU_ISA: got '" + name + "', expected avx512, avx2 or portable");
       target = std::min(target, limit);
     }
-    // One core of a server of the 2020s: 32, 16 or 8 fp32 multiply-adds per cycle at 2 GHz, measured bandwidths of L2 and L3.
+    // One core of a server of the 2020s: 32, 16 or 8 fp32 multiply-adds per cycle at 2 GHz, measured bandwidths of L2
+    // and L3.
     const double peak = 2 * 2.0 * (target == Target::avx512 ? 32 : target == Target::avx2 ? 16 : 8);
     return Machine{target, 0, peak, 55, 15, 2 << 20};
   }();

@@ -9,7 +9,18 @@ namespace dsconv {
 enum class DType : uint8_t { f64, f32, bf16, f16 };
 
 enum class Activation : uint8_t {
-  none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh, elu
+  none,
+  relu,
+  relu6,
+  hardswish,
+  hardsigmoid,
+  silu,
+  gelu,
+  gelu_tanh,
+  leaky_relu,
+  sigmoid,
+  tanh,
+  elu
 };
 
 // An activation with its parameter: the negative slope of leaky_relu, the alpha of elu, unused by the others.
@@ -21,13 +32,19 @@ struct ActivationSpec {
 // Can the derivative be computed from the activation's output? (A negative slope or alpha loses the sign of the input.)
 static inline constexpr bool derivative_from_output(ActivationSpec a) {
   switch (a.kind) {
-    case Activation::relu: case Activation::relu6: case Activation::hardsigmoid: case Activation::sigmoid: case Activation::tanh: return true;
-    case Activation::leaky_relu: case Activation::elu: return a.param >= 0;
+    case Activation::relu:
+    case Activation::relu6:
+    case Activation::hardsigmoid:
+    case Activation::sigmoid:
+    case Activation::tanh: return true;
+    case Activation::leaky_relu:
+    case Activation::elu: return a.param >= 0;
     default: return false;
   }
 }
 
-// A strided [N, C, D, H, W] tensor; tensors of lower rank have leading spatial sizes of 1. Strides in elements. data is null when absent.
+// A strided [N, C, D, H, W] tensor; tensors of lower rank have leading spatial sizes of 1. Strides in elements. data is
+// null when absent.
 struct View {
   void* data;
   int64_t stride[5];

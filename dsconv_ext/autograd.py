@@ -311,7 +311,8 @@ class _Gradients:
         *geometry, need_x, need_weight = settings
         x_grad_t = _sum(_gradient(grad_t, x, weight, geometry, 0), _gradient(grad, x, weight_t, geometry, 0))
         weight_grad_t = _sum(_gradient(grad_t, x, weight, geometry, 1), _gradient(grad, x_t, weight, geometry, 1))
-        return tuple(t for t, needed in ((x_grad_t, need_x), (weight_grad_t, need_weight)) if needed)
+        pairs = [(x_grad_t, x)] * need_x + [(weight_grad_t, weight)] * need_weight
+        return tuple(torch.zeros_like(like) if tangent is None else tangent for tangent, like in pairs)
 
 
 def _place(grads: Sequence[Tensor | None], settings: Sequence[Any]) -> Grads:

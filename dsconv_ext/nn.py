@@ -49,7 +49,7 @@ class _PackedWeights(nn.Module):
 
     def _packed_weights(self, depthwise: Tensor, pointwise: Tensor | None = None) -> Tensor | None:
         if _is_grad_enabled():
-            if self._packed is not None:
+            if self._packed is not None and not torch.compiler.is_exporting():
                 self._packed = None
             return None
         if _is_compiling() or _functorch_level() is not None:

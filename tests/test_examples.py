@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import demo  # noqa: E402
 import train_digits  # noqa: E402
-
 from dsconv_ext.nn import DepthwiseConv2d, DepthwiseSeparableConv2d  # noqa: E402
 
 DEPTHWISE_LAYERS = {"mobilenetv1_100": 13, "mobilenetv2_100": 17}

@@ -1,12 +1,14 @@
-// The inner loop of every depthwise pass that produces positions: acc[pixel] += tile[pixel * step + tap] * weight[tap] over a list of taps.
-// A forward pass lists all taps; an input gradient lists the taps of its stride phase. Both walk a zero-padded tile (stage.h).
+// The inner loop of every depthwise pass that produces positions: acc[pixel] += tile[pixel * step + tap] * weight[tap]
+// over a list of taps. A forward pass lists all taps; an input gradient lists the taps of its stride phase. Both walk a
+// zero-padded tile (stage.h).
 #pragma once
 
 #include "stage.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-constexpr int kMaxPixels = 8;  // accumulators of one block: 8 chains hide the FMA latency of two ports, and 16 registers hold them
+constexpr int kMaxPixels =
+    8;  // accumulators of one block: 8 chains hide the FMA latency of two ports, and 16 registers hold them
 
 struct Tap {
   int64_t offset;  // in the tile, relative to the pixel
@@ -15,7 +17,8 @@ struct Tap {
 };
 
 template <class T, int kPixels>
-static void correlate_pixels(const T* tile, const T* weights, const Tap* taps, int64_t count, int64_t step, const T* bias, T* out) {
+static void correlate_pixels(const T* tile, const T* weights, const Tap* taps, int64_t count, int64_t step,
+                             const T* bias, T* out) {
   constexpr int kB = kBlock<T>, kL = kLanes<T>;
   for (int v = 0; v < kB; v += kL) {
     Vec<T> acc[kPixels];
@@ -32,11 +35,18 @@ static void correlate_pixels(const T* tile, const T* weights, const Tap* taps, i
 
 // `count` pixels in blocks of nearly equal size.
 template <class T>
-static void correlate_row(const T* tile, const T* weights, const Tap* taps, int64_t tap_count, int64_t step, const T* bias, T* out, int64_t count) {
+static void correlate_row(const T* tile, const T* weights, const Tap* taps, int64_t tap_count, int64_t step,
+                          const T* bias, T* out, int64_t count) {
   using Block = void (*)(const T*, const T*, const Tap*, int64_t, int64_t, const T*, T*);
   static constexpr Block kBlocks[kMaxPixels + 1] = {nullptr,
-                                                    correlate_pixels<T, 1>, correlate_pixels<T, 2>, correlate_pixels<T, 3>, correlate_pixels<T, 4>,
-                                                    correlate_pixels<T, 5>, correlate_pixels<T, 6>, correlate_pixels<T, 7>, correlate_pixels<T, 8>};
+                                                    correlate_pixels<T, 1>,
+                                                    correlate_pixels<T, 2>,
+                                                    correlate_pixels<T, 3>,
+                                                    correlate_pixels<T, 4>,
+                                                    correlate_pixels<T, 5>,
+                                                    correlate_pixels<T, 6>,
+                                                    correlate_pixels<T, 7>,
+                                                    correlate_pixels<T, 8>};
   int64_t done = 0;
   for (int64_t left = ceil_div(count, kMaxPixels); left > 0; --left) {
     const int64_t pixels = ceil_div(count - done, left);
@@ -45,11 +55,13 @@ static void correlate_row(const T* tile, const T* weights, const Tap* taps, int6
   }
 }
 
-// A row whose weights hold an Inf or NaN: zero padding must not meet them, so every pixel takes only the taps inside [0, width).
-// `column` is the tensor column of the first pixel's tap with column 0, `step_columns` the columns between pixels.
+// A row whose weights hold an Inf or NaN: zero padding must not meet them, so every pixel takes only the taps inside
+// [0, width). `column` is the tensor column of the first pixel's tap with column 0, `step_columns` the columns between
+// pixels.
 template <class T>
-static void correlate_row_checked(const T* tile, const T* weights, const Tap* taps, int64_t tap_count, int64_t step, const T* bias, T* out,
-                                  int64_t count, int64_t column, int64_t step_columns, int64_t width, Tap* inside) {
+static void correlate_row_checked(const T* tile, const T* weights, const Tap* taps, int64_t tap_count, int64_t step,
+                                  const T* bias, T* out, int64_t count, int64_t column, int64_t step_columns,
+                                  int64_t width, Tap* inside) {
   for (int64_t p = 0; p < count; ++p) {
     int64_t kept = 0;
     for (int64_t t = 0; t < tap_count; ++t) {

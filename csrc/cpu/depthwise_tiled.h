@@ -1,7 +1,8 @@
 // Depthwise convolution of any rank, taps, stride, dilation, padding, multiplier, dtype and layout over staged tiles.
 //   forward      task = image x tile of outputs x block of output channels
-//   grad_input   task = image x tile of inputs x block of input channels; per stride phase a correlation with the taps of that phase
-//   grad_weight  task = block of output channels x slab of tiles; the slabs depend on the problem alone and are added in order
+//   grad_input   task = image x tile of inputs x block of input channels; per stride phase a correlation with the taps
+//   of that phase grad_weight  task = block of output channels x slab of tiles; the slabs depend on the problem alone
+//   and are added in order
 #pragma once
 
 #include "correlate.h"
@@ -9,8 +10,9 @@
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-constexpr int64_t kTileElements = 96 * 1024 / 4;  // staged elements per tile: three to four rows stay in L1, the whole tile in L2
-constexpr int64_t kTaskFlops = 1 << 20;           // about 20 us of work: less is not worth a thread
+constexpr int64_t kTileElements =
+    96 * 1024 / 4;  // staged elements per tile: three to four rows stay in L1, the whole tile in L2
+constexpr int64_t kTaskFlops = 1 << 20;  // about 20 us of work: less is not worth a thread
 
 struct TilePlan {
   int64_t extent[3];  // of the positions that are produced
@@ -50,7 +52,8 @@ DSCONV_INLINE Box tile_box(const TilePlan& plan, const int64_t (&size)[3], int64
 }
 
 DSCONV_INLINE TilePlan plan_outputs(const Window& w, int64_t budget) {
-  return plan_tiles(w.out, budget, [&](int dim, int64_t n) { return input_extent(n, w.taps[dim], w.stride[dim], w.dilation[dim]); });
+  return plan_tiles(w.out, budget,
+                    [&](int dim, int64_t n) { return input_extent(n, w.taps[dim], w.stride[dim], w.dilation[dim]); });
 }
 DSCONV_INLINE Box input_box(const Window& w, const Box& out) {
   Box box;
@@ -63,7 +66,9 @@ DSCONV_INLINE Box input_box(const Window& w, const Box& out) {
 
 // Outputs that n neighbouring inputs can take part in.
 DSCONV_INLINE TilePlan plan_inputs(const Window& w, int64_t budget) {
-  return plan_tiles(w.in, budget, [&](int dim, int64_t n) { return (n - 1 + (w.taps[dim] - 1) * w.dilation[dim]) / w.stride[dim] + 2; });
+  return plan_tiles(w.in, budget, [&](int dim, int64_t n) {
+    return (n - 1 + (w.taps[dim] - 1) * w.dilation[dim]) / w.stride[dim] + 2;
+  });
 }
 DSCONV_INLINE Box output_box(const Window& w, const Box& in) {
   Box box;
@@ -137,7 +142,8 @@ DSCONV_INLINE Scratch<T> take_scratch(Arena& arena, int64_t staged, int64_t colu
 }
 template <class T>
 DSCONV_INLINE int64_t scratch_bytes(int64_t staged, int64_t columns, int64_t taps) {
-  return 2 * piece_bytes<T>(staged * kBlock<T>) + piece_bytes<T>(columns * kBlock<T>) + piece_bytes<T>(kBlock<T>) + 2 * piece_bytes<Tap>(taps);
+  return 2 * piece_bytes<T>(staged * kBlock<T>) + piece_bytes<T>(columns * kBlock<T>) + piece_bytes<T>(kBlock<T>) +
+         2 * piece_bytes<Tap>(taps);
 }
 
 // A bias (or zeros) for one block of channels.
@@ -149,10 +155,11 @@ DSCONV_INLINE void stage_bias(T* block, const View& bias, int64_t first, int64_t
   }
 }
 
-// The pre-activations of one tile and one block of output channels; sink(z, y, row) receives each row of box.extent[2] pixels.
+// The pre-activations of one tile and one block of output channels; sink(z, y, row) receives each row of box.extent[2]
+// pixels.
 template <class S, class Sink, class T = Compute<S>>
-DSCONV_INLINE void forward_tile(const DepthwiseProblem& p, const Scratch<T>& s, const T* weights, bool finite, int64_t image, int64_t first,
-                                const Box& box, Sink sink) {
+DSCONV_INLINE void forward_tile(const DepthwiseProblem& p, const Scratch<T>& s, const T* weights, bool finite,
+                                int64_t image, int64_t first, const Box& box, Sink sink) {
   const Window& w = p.window;
   const LaneMap<T> lanes = map_lanes<T>(first, p.channels * p.multiplier, 1, p.multiplier, 0, p.x.stride[1]);
   const Box in = input_box(w, box);
@@ -178,7 +185,8 @@ DSCONV_INLINE void forward_tile(const DepthwiseProblem& p, const Scratch<T>& s, 
       if (finite) {
         correlate_row(s.tile, weights, s.taps, count, step, s.bias, s.row, box.extent[2]);
       } else {
-        correlate_row_checked(s.tile, weights, s.taps, count, step, s.bias, s.row, box.extent[2], in.origin[2], w.stride[2], w.in[2], s.inside);
+        correlate_row_checked(s.tile, weights, s.taps, count, step, s.bias, s.row, box.extent[2], in.origin[2],
+                              w.stride[2], w.in[2], s.inside);
       }
       sink(z, y, s.row);
     }
@@ -198,7 +206,8 @@ struct Forward {
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_outputs(p.window, kTileElements / kBlock<T>);
-    const int64_t channels = p.channels * p.multiplier, blocks = ceil_div(channels, kBlock<T>), taps = product(p.window.taps);
+    const int64_t channels = p.channels * p.multiplier, blocks = ceil_div(channels, kBlock<T>),
+                  taps = product(p.window.taps);
     Arena arena = arena_at(workspace);
     T* weights = take<T>(arena, packed_depthwise_count<T>(p, 1));
     const bool finite = pack_depthwise<S>(weights, p, 1);
@@ -228,15 +237,19 @@ struct GradInput {
   using T = Compute<S>;
 
   // All multiplier tiles of a block are staged side by side; they are just more taps.
-  static TilePlan plan_of(const DepthwiseProblem& p) { return plan_inputs(p.window, max64(1, kTileElements / kBlock<T> / p.multiplier)); }
+  static TilePlan plan_of(const DepthwiseProblem& p) {
+    return plan_inputs(p.window, max64(1, kTileElements / kBlock<T> / p.multiplier));
+  }
   static int64_t slot_bytes(const DepthwiseProblem& p, const TilePlan& plan) {
     return scratch_bytes<T>(plan.staged * p.multiplier, plan.extent[2], product(p.window.taps) * p.multiplier);
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p, p.multiplier)) + threads * slot_bytes(p, plan_of(p));
+    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p, p.multiplier)) +
+           threads * slot_bytes(p, plan_of(p));
   }
 
-  // Lists the taps (j, uz, uy, ux) that reach input row (d, h) and the columns congruent to `w`; offsets are relative to column `w`.
+  // Lists the taps (j, uz, uy, ux) that reach input row (d, h) and the columns congruent to `w`; offsets are relative
+  // to column `w`.
   static int64_t list_taps(const DepthwiseProblem& p, const Box& staged, int64_t d, int64_t h, int64_t w, Tap* taps) {
     const Window& win = p.window;
     int64_t count = 0;
@@ -287,8 +300,8 @@ struct GradInput {
         }
         for (int64_t z = 0; z < box.extent[0]; ++z) {
           for (int64_t y = 0; y < box.extent[1]; ++y) {
-            S* out = static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0] + (box.origin[0] + z) * p.grad_x.stride[2] +
-                     (box.origin[1] + y) * p.grad_x.stride[3];
+            S* out = static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0] +
+                     (box.origin[0] + z) * p.grad_x.stride[2] + (box.origin[1] + y) * p.grad_x.stride[3];
             for (int64_t phase = 0; phase < min64(w.stride[2], box.extent[2]); ++phase) {
               const int64_t column = box.origin[2] + phase, pixels = ceil_div(box.extent[2] - phase, w.stride[2]);
               const int64_t count = list_taps(p, staged, box.origin[0] + z, box.origin[1] + y, column, s.taps);
@@ -296,7 +309,8 @@ struct GradInput {
               if (finite) {
                 correlate_row(s.tile, block_weights, s.taps, count, kBlock<T>, s.bias, s.row, pixels);
               } else {
-                correlate_row_checked(s.tile, block_weights, s.taps, count, kBlock<T>, s.bias, s.row, pixels, staged.origin[2], 1, w.out[2], s.inside);
+                correlate_row_checked(s.tile, block_weights, s.taps, count, kBlock<T>, s.bias, s.row, pixels,
+                                      staged.origin[2], 1, w.out[2], s.inside);
               }
               unstage_row<S>(out + column * p.grad_x.stride[4], s.row, lanes, pixels, w.stride[2] * p.grad_x.stride[4]);
             }
@@ -311,7 +325,8 @@ struct GradInput {
 
 // sum[tap] += sum over the tile's outputs of x[output * stride + tap] * grad[output], for kTaps taps at once.
 template <class T, int kTaps>
-static void accumulate_taps(const T* x, const T* grad, const int64_t* offset, const Window& w, const Box& out, const Box& in, T* sum) {
+static void accumulate_taps(const T* x, const T* grad, const int64_t* offset, const Window& w, const Box& out,
+                            const Box& in, T* sum) {
   constexpr int kB = kBlock<T>, kL = kLanes<T>;
   for (int v = 0; v < kB; v += kL) {
     Vec<T> acc[kTaps];
@@ -347,25 +362,33 @@ struct GradWeight {
     plan.tiles = plan_outputs(p.window, kTileElements / kBlock<T>);
     plan.blocks = ceil_div(p.channels * p.multiplier, kBlock<T>);
     plan.taps = product(p.window.taps);
-    plan.slabs = max64(1, min64(p.batch * plan.tiles.tiles, ceil_div(64, plan.blocks)));  // 64 tasks or more keep many threads busy
-    plan.sums = (plan.taps + 1) * kBlock<T>;                                              // every tap, and the bias
+    plan.slabs = max64(
+        1, min64(p.batch * plan.tiles.tiles, ceil_div(64, plan.blocks)));  // 64 tasks or more keep many threads busy
+    plan.sums = (plan.taps + 1) * kBlock<T>;                               // every tap, and the bias
     return plan;
   }
   static int64_t slot_bytes(const Plan& plan) {
-    return scratch_bytes<T>(plan.tiles.staged, 1, 1) + piece_bytes<T>(product(plan.tiles.extent) * kBlock<T>) + piece_bytes<int64_t>(plan.taps);
+    return scratch_bytes<T>(plan.tiles.staged, 1, 1) + piece_bytes<T>(product(plan.tiles.extent) * kBlock<T>) +
+           piece_bytes<int64_t>(plan.taps);
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
     const Plan plan = plan_of(p);
     return kBlockBytes + piece_bytes<T>(plan.blocks * plan.slabs * plan.sums) + threads * slot_bytes(plan);
   }
 
-  static void accumulate_tile(const DepthwiseProblem& p, const T* x, const T* grad, const int64_t* offset, int64_t taps, const Box& out,
-                              const Box& in, T* sums) {
+  static void accumulate_tile(const DepthwiseProblem& p, const T* x, const T* grad, const int64_t* offset, int64_t taps,
+                              const Box& out, const Box& in, T* sums) {
     using Pass = void (*)(const T*, const T*, const int64_t*, const Window&, const Box&, const Box&, T*);
-    static constexpr Pass kPasses[kMaxTaps + 1] = {
-        nullptr,
-        accumulate_taps<T, 1>, accumulate_taps<T, 2>, accumulate_taps<T, 3>, accumulate_taps<T, 4>, accumulate_taps<T, 5>,
-        accumulate_taps<T, 6>, accumulate_taps<T, 7>, accumulate_taps<T, 8>, accumulate_taps<T, 9>};
+    static constexpr Pass kPasses[kMaxTaps + 1] = {nullptr,
+                                                   accumulate_taps<T, 1>,
+                                                   accumulate_taps<T, 2>,
+                                                   accumulate_taps<T, 3>,
+                                                   accumulate_taps<T, 4>,
+                                                   accumulate_taps<T, 5>,
+                                                   accumulate_taps<T, 6>,
+                                                   accumulate_taps<T, 7>,
+                                                   accumulate_taps<T, 8>,
+                                                   accumulate_taps<T, 9>};
     int64_t done = 0;
     for (int64_t left = ceil_div(taps, kMaxTaps); left > 0; --left) {
       const int64_t group = ceil_div(taps - done, left);
@@ -401,10 +424,12 @@ struct GradWeight {
           const Box out = tile_box(plan.tiles, w.out, piece % plan.tiles.tiles), in = input_box(w, out);
           // The gradient first: s.tile serves it as the second tile.
           stage_masked_gradient<S>(grad, s.tile, p, image, first, 1, 0, out);
-          stage_box<S>(s.tile, static_cast<const S*>(p.x.data) + image * p.x.stride[0], lanes, in, w.in, p.x.stride + 2);
+          stage_box<S>(s.tile, static_cast<const S*>(p.x.data) + image * p.x.stride[0], lanes, in, w.in,
+                       p.x.stride + 2);
           for (int64_t t = 0; t < plan.taps; ++t) {
             const int64_t x = t % w.taps[2], y = t / w.taps[2] % w.taps[1], z = t / w.taps[2] / w.taps[1];
-            offset[t] = ((z * w.dilation[0] * in.extent[1] + y * w.dilation[1]) * in.extent[2] + x * w.dilation[2]) * kBlock<T>;
+            offset[t] =
+                ((z * w.dilation[0] * in.extent[1] + y * w.dilation[1]) * in.extent[2] + x * w.dilation[2]) * kBlock<T>;
           }
           accumulate_tile(p, s.tile, grad, offset, plan.taps, out, in, sums);
         }
@@ -412,7 +437,8 @@ struct GradWeight {
     };
     const int64_t tasks = plan.blocks * plan.slabs;
     for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
-    for (int64_t o = 0; o < channels; ++o) write_channel(p, plan, partial + o / kBlock<T> * plan.slabs * plan.sums + o % kBlock<T>, o);
+    for (int64_t o = 0; o < channels; ++o)
+      write_channel(p, plan, partial + o / kBlock<T> * plan.slabs * plan.sums + o % kBlock<T>, o);
   }
 
   // Adds the slabs in their order and writes one channel's gradients.
@@ -425,7 +451,8 @@ struct GradWeight {
     if (p.grad_weight.data) {
       S* out = static_cast<S*>(p.grad_weight.data) + o * p.grad_weight.stride[0];
       for (int64_t t = 0; t < plan.taps; ++t) {
-        const int64_t x = t % p.window.taps[2], y = t / p.window.taps[2] % p.window.taps[1], z = t / p.window.taps[2] / p.window.taps[1];
+        const int64_t x = t % p.window.taps[2], y = t / p.window.taps[2] % p.window.taps[1],
+                      z = t / p.window.taps[2] / p.window.taps[1];
         narrow(total(t), out + z * p.grad_weight.stride[2] + y * p.grad_weight.stride[3] + x * p.grad_weight.stride[4]);
       }
     }
@@ -433,7 +460,8 @@ struct GradWeight {
   }
 };
 
-// grad_x = grad masked by the activation's derivative at `saved`, for whoever needs the gradient of a pre-activation in memory.
+// grad_x = grad masked by the activation's derivative at `saved`, for whoever needs the gradient of a pre-activation in
+// memory.
 template <class S>
 struct Mask {
   using T = Compute<S>;
@@ -442,7 +470,9 @@ struct Mask {
     return plan_tiles(p.window.out, kTileElements / kBlock<T>, [](int, int64_t n) { return n; });
   }
   static int64_t slot_bytes(const TilePlan& plan) { return 2 * piece_bytes<T>(plan.staged * kBlock<T>); }
-  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) { return kBlockBytes + threads * slot_bytes(plan_of(p)); }
+  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
+    return kBlockBytes + threads * slot_bytes(plan_of(p));
+  }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_of(p);
     const int64_t blocks = ceil_div(p.channels, kBlock<T>);
@@ -456,7 +486,8 @@ struct Mask {
         const Box box = tile_box(plan, p.window.out, task / blocks % plan.tiles);
         const LaneMap<T> lanes = map_lanes<T>(block * kBlock<T>, p.channels, 1, 1, 0, p.grad_x.stride[1]);
         stage_masked_gradient<S>(tile, second, p, image, block * kBlock<T>, 1, 0, box);
-        unstage_box<S>(static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0], tile, lanes, box, p.grad_x.stride + 2);
+        unstage_box<S>(static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0], tile, lanes, box,
+                       p.grad_x.stride + 2);
       }
     };
     const int64_t tasks = p.batch * plan.tiles * blocks;

@@ -7,7 +7,8 @@ namespace dsconv::cpu::DSCONV_ISA {
 
 template <class T>
 constexpr int kPanel = 2 * kLanes<T>;  // columns of a B panel: two vectors
-// Rows of one block: rows x 2 accumulators, 2 vectors of B and a broadcast fit the register file (32 with AVX-512, else 16).
+// Rows of one block: rows x 2 accumulators, 2 vectors of B and a broadcast fit the register file (32 with AVX-512, else
+// 16).
 constexpr int kMaxRows = DSCONV_VECTOR_BYTES == 64 ? 12 : 6;
 
 // c[row][kPanel] = sum over depth of a[row * lda + k] * panel[k][kPanel]
@@ -33,12 +34,21 @@ static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth
 template <class T>
 static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, T* c) {
   using Block = void (*)(const T*, int64_t, const T*, int64_t, T*);
-  static constexpr Block kBlocks[] = {nullptr,
-                                      multiply_rows<T, 1>, multiply_rows<T, 2>, multiply_rows<T, 3>, multiply_rows<T, 4>,
-                                      multiply_rows<T, 5>, multiply_rows<T, 6>,
+  static constexpr Block kBlocks[] = {
+      nullptr,
+      multiply_rows<T, 1>,
+      multiply_rows<T, 2>,
+      multiply_rows<T, 3>,
+      multiply_rows<T, 4>,
+      multiply_rows<T, 5>,
+      multiply_rows<T, 6>,
 #if DSCONV_VECTOR_BYTES == 64
-                                      multiply_rows<T, 7>, multiply_rows<T, 8>, multiply_rows<T, 9>, multiply_rows<T, 10>,
-                                      multiply_rows<T, 11>, multiply_rows<T, 12>,
+      multiply_rows<T, 7>,
+      multiply_rows<T, 8>,
+      multiply_rows<T, 9>,
+      multiply_rows<T, 10>,
+      multiply_rows<T, 11>,
+      multiply_rows<T, 12>,
 #endif
   };
   int64_t done = 0;
@@ -69,8 +79,12 @@ DSCONV_INLINE int64_t packed_panels_count(int64_t out_channels, int64_t in_chann
 template <class S>
 struct PackedPanels {
   using T = Compute<S>;
-  static size_t bytes(const PointwiseProblem& p) { return packed_panels_count<T>(p.out_channels, p.in_channels) * sizeof(T); }
-  static void pack(const PointwiseProblem& p, void* out) { pack_panels<S>(static_cast<T*>(out), p.weight, p.out_channels, p.in_channels); }
+  static size_t bytes(const PointwiseProblem& p) {
+    return packed_panels_count<T>(p.out_channels, p.in_channels) * sizeof(T);
+  }
+  static void pack(const PointwiseProblem& p, void* out) {
+    pack_panels<S>(static_cast<T*>(out), p.weight, p.out_channels, p.in_channels);
+  }
 };
 
 }  // namespace dsconv::cpu::DSCONV_ISA

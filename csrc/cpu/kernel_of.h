@@ -45,7 +45,9 @@ constexpr Packer packer_of() {
         with_storage(p.dtype, [&](auto s) { bytes = Packed<decltype(s)>::bytes(p); });
         return bytes;
       },
-      [](const PointwiseProblem& p, void* out) { with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); }); },
+      [](const PointwiseProblem& p, void* out) {
+        with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); });
+      },
   };
 }
 

@@ -1,4 +1,5 @@
-// Pointwise (1x1) convolution as a matrix product over positions, its weight gradient, and the fused depthwise + pointwise forward.
+// Pointwise (1x1) convolution as a matrix product over positions, its weight gradient, and the fused depthwise +
+// pointwise forward.
 #pragma once
 
 #include "depthwise_tiled.h"
@@ -21,14 +22,16 @@ DSCONV_INLINE TilePlan plan_rows(const int64_t (&size)[3], int64_t depth) {
 // Row stride of A: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
 template <class T>
 DSCONV_INLINE int64_t row_stride(int64_t depth) {
-  return round_up(depth, kBlock<T>) + kBlock<T> * (round_up(depth, kBlock<T>) * static_cast<int64_t>(sizeof(T)) % 256 == 0);
+  return round_up(depth, kBlock<T>) +
+         kBlock<T> * (round_up(depth, kBlock<T>) * static_cast<int64_t>(sizeof(T)) % 256 == 0);
 }
 
 // Rows [positions of box][channels of `view`] of A in the compute type.
 template <class S, class T = Compute<S>>
 static void gather_rows(T* a, int64_t lda, const View& view, int64_t image, int64_t channels, const Box& box) {
   const int64_t* stride = view.stride;
-  const S* source = static_cast<const S*>(view.data) + image * stride[0] + box.origin[0] * stride[2] + box.origin[1] * stride[3] + box.origin[2] * stride[4];
+  const S* source = static_cast<const S*>(view.data) + image * stride[0] + box.origin[0] * stride[2] +
+                    box.origin[1] * stride[3] + box.origin[2] * stride[4];
   for (int64_t z = 0; z < box.extent[0]; ++z) {
     for (int64_t y = 0; y < box.extent[1]; ++y, a += box.extent[2] * lda) {
       const S* row = source + z * stride[2] + y * stride[3];
@@ -49,7 +52,8 @@ static void finish_panel(const PointwiseProblem& p, T* c, int64_t image, int64_t
   const int64_t columns = min64(kPanel<T>, p.out_channels - first), width = box.extent[2];
   T bias[kPanel<T>] = {};
   if (p.bias.data) {
-    for (int64_t k = 0; k < columns; ++k) bias[k] = widen(static_cast<const S*>(p.bias.data)[(first + k) * p.bias.stride[0]]);
+    for (int64_t k = 0; k < columns; ++k)
+      bias[k] = widen(static_cast<const S*>(p.bias.data)[(first + k) * p.bias.stride[0]]);
   }
   auto at = [&](const View& v, int64_t z, int64_t y) {
     return static_cast<S*>(v.data) + image * v.stride[0] + first * v.stride[1] + (box.origin[0] + z) * v.stride[2] +
@@ -82,7 +86,8 @@ static void finish_panel(const PointwiseProblem& p, T* c, int64_t image, int64_t
 
 // All panels of one task: rows of A are ready.
 template <class S, class T = Compute<S>>
-static void multiply_task(const PointwiseProblem& p, const T* a, int64_t lda, const T* panels, T* c, int64_t image, const Box& box) {
+static void multiply_task(const PointwiseProblem& p, const T* a, int64_t lda, const T* panels, T* c, int64_t image,
+                          const Box& box) {
   for (int64_t first = 0; first < p.out_channels; first += kPanel<T>, panels += p.in_channels * kPanel<T>) {
     multiply_panel(a, lda, product(box.extent), panels, p.in_channels, c);
     finish_panel<S>(p, c, image, first, box);
@@ -127,7 +132,8 @@ struct Pointwise {
 };
 
 // grad_weight[K, C] = sum over positions of grad[position, K] * a[position, C]; grad_bias[K] = sum of grad.
-// task = panel of C x block of K; each walks all positions in order, one chunk after the other, so nothing depends on the threads.
+// task = panel of C x block of K; each walks all positions in order, one chunk after the other, so nothing depends on
+// the threads.
 template <class S>
 struct PointwiseGradWeight {
   using T = Compute<S>;
@@ -137,12 +143,14 @@ struct PointwiseGradWeight {
     return plan_tiles(p.size, kChunk, [](int, int64_t n) { return n; });
   }
   static int64_t slot_bytes() {
-    return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) + 2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<T>(kBlockRows);
+    return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
+           2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<T>(kBlockRows);
   }
   static size_t workspace_bytes(const PointwiseProblem&, int threads) { return kBlockBytes + threads * slot_bytes(); }
 
   // A few channels of `view` over the positions of box, [position][channels <= width], zeros beyond.
-  static void gather_columns(T* out, int64_t width, const View& view, int64_t image, int64_t first, int64_t channels, const Box& box) {
+  static void gather_columns(T* out, int64_t width, const View& view, int64_t image, int64_t first, int64_t channels,
+                             const Box& box) {
     View shifted = view;
     shifted.data = static_cast<S*>(view.data) + first * view.stride[1];
     if (channels < width) memset(out, 0, product(box.extent) * width * sizeof(T));
@@ -181,7 +189,8 @@ struct PointwiseGradWeight {
           for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
         }
         for (int64_t k = 0; k < count && p.grad_weight.data; ++k) {
-          S* out = static_cast<S*>(p.grad_weight.data) + (k0 + k) * p.grad_weight.stride[0] + c0 * p.grad_weight.stride[1];
+          S* out =
+              static_cast<S*>(p.grad_weight.data) + (k0 + k) * p.grad_weight.stride[0] + c0 * p.grad_weight.stride[1];
           for (int64_t c = 0; c < width; ++c) narrow(total[k * kPanel<T> + c], out + c * p.grad_weight.stride[1]);
         }
         for (int64_t k = 0; k < count && p.grad_bias.data && panel == 0; ++k) {
@@ -198,25 +207,32 @@ template <class S>
 struct Fused {
   using T = Compute<S>;
 
-  static TilePlan plan_of(const SeparableProblem& p) { return plan_rows(p.depthwise.window.out, p.pointwise.in_channels); }
+  static TilePlan plan_of(const SeparableProblem& p) {
+    return plan_rows(p.depthwise.window.out, p.pointwise.in_channels);
+  }
   static int64_t staged(const SeparableProblem& p, const TilePlan& plan) {
     const Window& w = p.depthwise.window;
     int64_t positions = 1;
-    for (int dim = 0; dim < 3; ++dim) positions *= input_extent(plan.extent[dim], w.taps[dim], w.stride[dim], w.dilation[dim]);
+    for (int dim = 0; dim < 3; ++dim)
+      positions *= input_extent(plan.extent[dim], w.taps[dim], w.stride[dim], w.dilation[dim]);
     return positions;
   }
   static int64_t slot_bytes(const SeparableProblem& p, const TilePlan& plan) {
-    return scratch_bytes<T>(staged(p, plan), plan.extent[2], product(p.depthwise.window.taps)) + Pointwise<S>::slot_bytes(p.pointwise, plan);
+    return scratch_bytes<T>(staged(p, plan), plan.extent[2], product(p.depthwise.window.taps)) +
+           Pointwise<S>::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
-    const int64_t panels = p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
-    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p.depthwise, 1)) + piece_bytes<T>(panels) + threads * slot_bytes(p, plan_of(p));
+    const int64_t panels =
+        p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
+    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p.depthwise, 1)) + piece_bytes<T>(panels) +
+           threads * slot_bytes(p, plan_of(p));
   }
   static void launch(const SeparableProblem& problem, const Runtime& runtime, void* workspace) {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    const int64_t channels = pw.in_channels, lda = row_stride<T>(channels), taps = product(dw.window.taps), positions = staged(problem, plan);
+    const int64_t channels = pw.in_channels, lda = row_stride<T>(channels), taps = product(dw.window.taps),
+                  positions = staged(problem, plan);
     Arena arena = arena_at(workspace);
     T* weights = take<T>(arena, packed_depthwise_count<T>(dw, 1));
     const bool finite = pack_depthwise<S>(weights, dw, 1);

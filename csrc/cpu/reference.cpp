@@ -1,4 +1,5 @@
-// Plain loops for every pass, accumulating in double: the definition in C++, the last resort of the table, an oracle of the tests.
+// Plain loops for every pass, accumulating in double: the definition in C++, the last resort of the table, an oracle of
+// the tests.
 #define DSCONV_ISA reference
 #define DSCONV_VECTOR_BYTES 16
 
@@ -11,7 +12,8 @@ using T = double;
 
 template <class S>
 static S* at(const View& v, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) {
-  return static_cast<S*>(v.data) + n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
+  return static_cast<S*>(v.data) + n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] +
+         w * v.stride[4];
 }
 
 template <class S>
@@ -40,7 +42,8 @@ static void for_taps(const Window& win, int64_t d, int64_t h, int64_t w, Body bo
     const int64_t i0 = d * win.stride[0] + u0 * win.dilation[0] - win.pad[0];
     const int64_t i1 = h * win.stride[1] + u1 * win.dilation[1] - win.pad[1];
     const int64_t i2 = w * win.stride[2] + u2 * win.dilation[2] - win.pad[2];
-    if (i0 >= 0 && i0 < win.in[0] && i1 >= 0 && i1 < win.in[1] && i2 >= 0 && i2 < win.in[2]) body(u0, u1, u2, i0, i1, i2);
+    if (i0 >= 0 && i0 < win.in[0] && i1 >= 0 && i1 < win.in[1] && i2 >= 0 && i2 < win.in[2])
+      body(u0, u1, u2, i0, i1, i2);
   });
 }
 
@@ -54,7 +57,8 @@ static void for_each(const Runtime& runtime, int64_t count, Body body) {
 }
 
 template <class S>
-static T masked(const ActivationSpec& activation, const View& grad, const View& saved, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) {
+static T masked(const ActivationSpec& activation, const View& grad, const View& saved, int64_t n, int64_t c, int64_t d,
+                int64_t h, int64_t w) {
   T g = value<S>(grad, n, c, d, h, w);
   if (activation.kind != Activation::none) {
     const T s = value<S>(saved, n, c, d, h, w);
@@ -84,7 +88,9 @@ struct Forward {
 
 template <class S>
 struct GradInput {
-  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) { return threads * piece_bytes<T>(product(p.window.in)) + kBlockBytes; }
+  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
+    return threads * piece_bytes<T>(product(p.window.in)) + kBlockBytes;
+  }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const Window& win = p.window;
     const Arena arena = arena_at(workspace);
@@ -125,14 +131,17 @@ struct GradWeight {
             const int64_t i1 = h * win.stride[1] + u1 * win.dilation[1] - win.pad[1];
             const int64_t i2 = w * win.stride[2] + u2 * win.dilation[2] - win.pad[2];
             if (i0 < 0 || i0 >= win.in[0] || i1 < 0 || i1 >= win.in[1] || i2 < 0 || i2 >= win.in[2]) return;
-            sum += value<S>(p.x, n, o / p.multiplier, i0, i1, i2) * masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
+            sum += value<S>(p.x, n, o / p.multiplier, i0, i1, i2) *
+                   masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
           });
         }
         if (p.grad_weight.data) write<S>(sum, p.grad_weight, o, 0, u0, u1, u2);
       });
       T sum = T(0);
       for (int64_t n = 0; n < p.batch && p.grad_bias.data; ++n) {
-        for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) { sum += masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w); });
+        for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) {
+          sum += masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
+        });
       }
       if (p.grad_bias.data) write<S>(sum, p.grad_bias, o, 0);
     });
@@ -183,7 +192,9 @@ struct PointwiseGradWeight {
       };
       auto gradient = [&](int64_t n, int64_t d, int64_t h, int64_t w) { return value<S>(p.grad, n, k, d, h, w); };
       for (int64_t c = 0; c < p.in_channels && p.grad_weight.data; ++c) {
-        auto term = [&](int64_t n, int64_t d, int64_t h, int64_t w) { return gradient(n, d, h, w) * value<S>(p.a, n, c, d, h, w); };
+        auto term = [&](int64_t n, int64_t d, int64_t h, int64_t w) {
+          return gradient(n, d, h, w) * value<S>(p.a, n, c, d, h, w);
+        };
         write<S>(total(term), p.grad_weight, k, c);
       }
       if (p.grad_bias.data) write<S>(total(gradient), p.grad_bias, k, 0);

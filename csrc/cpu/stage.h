@@ -1,12 +1,14 @@
-// Staging: a box of a strided tensor, one block of channels wide, becomes a dense tile [d][h][w][block] of the compute type with zeros
-// where the box leaves the tensor. Every layout, dtype and padding ends here; the arithmetic behind it sees one format.
+// Staging: a box of a strided tensor, one block of channels wide, becomes a dense tile [d][h][w][block] of the compute
+// type with zeros where the box leaves the tensor. Every layout, dtype and padding ends here; the arithmetic behind it
+// sees one format.
 #pragma once
 
 #include "activation_rows.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-// Which channels the lanes of a block hold: lane l is channel offset[l] / stride of the tensor; lanes beyond `count` are zero.
+// Which channels the lanes of a block hold: lane l is channel offset[l] / stride of the tensor; lanes beyond `count`
+// are zero.
 template <class T>
 struct LaneMap {
   int count;
@@ -16,7 +18,8 @@ struct LaneMap {
 
 // Lane l holds channel (first + l) * step / divide.
 template <class T>
-DSCONV_INLINE LaneMap<T> map_lanes(int64_t first, int64_t channels, int64_t step, int64_t divide, int64_t plus, int64_t stride) {
+DSCONV_INLINE LaneMap<T> map_lanes(int64_t first, int64_t channels, int64_t step, int64_t divide, int64_t plus,
+                                   int64_t stride) {
   LaneMap<T> map;
   map.count = static_cast<int>(min64(kBlock<T>, channels - first));
   for (int l = 0; l < map.count; ++l) map.offset[l] = ((first + l) * step / divide + plus) * stride;
@@ -57,10 +60,12 @@ static void stage_row(T* tile, const S* src, const LaneMap<T>& lanes, int64_t co
 
 // `src` points at the image; `stride` are the tensor's spatial strides and `size` its spatial sizes.
 template <class S, class T = Compute<S>>
-static void stage_box(T* tile, const S* src, const LaneMap<T>& lanes, const Box& box, const int64_t* size, const int64_t* stride) {
+static void stage_box(T* tile, const S* src, const LaneMap<T>& lanes, const Box& box, const int64_t* size,
+                      const int64_t* stride) {
   constexpr int kB = kBlock<T>;
   const int64_t width = box.extent[2];
-  const int64_t left = min64(width, max64(0, -box.origin[2])), right = min64(width, max64(left, size[2] - box.origin[2]));
+  const int64_t left = min64(width, max64(0, -box.origin[2])),
+                right = min64(width, max64(left, size[2] - box.origin[2]));
   for (int64_t z = 0; z < box.extent[0]; ++z) {
     for (int64_t y = 0; y < box.extent[1]; ++y, tile += width * kB) {
       const int64_t d = box.origin[0] + z, h = box.origin[1] + y;
@@ -117,14 +122,16 @@ DSCONV_INLINE void round_row(T* values, int64_t count) {
   }
 }
 
-// The gradient of the pre-activation over a box: `grad` masked by the activation's derivative at `saved`. scratch holds a second tile.
+// The gradient of the pre-activation over a box: `grad` masked by the activation's derivative at `saved`. scratch holds
+// a second tile.
 template <class S, class T = Compute<S>>
-static void stage_masked_gradient(T* tile, T* scratch, const DepthwiseProblem& p, int64_t image, int64_t first, int64_t step, int64_t plus,
-                                  const Box& box) {
+static void stage_masked_gradient(T* tile, T* scratch, const DepthwiseProblem& p, int64_t image, int64_t first,
+                                  int64_t step, int64_t plus, const Box& box) {
   const int64_t channels = step == 1 ? p.channels * p.multiplier : p.channels;
   auto stage = [&](T* out, const View& view) {
     const LaneMap<T> lanes = map_lanes<T>(first, channels, step, 1, plus, view.stride[1]);
-    stage_box<S>(out, static_cast<const S*>(view.data) + image * view.stride[0], lanes, box, p.window.out, view.stride + 2);
+    stage_box<S>(out, static_cast<const S*>(view.data) + image * view.stride[0], lanes, box, p.window.out,
+                 view.stride + 2);
   };
   stage(tile, p.grad);
   if (p.activation.kind == Activation::none) return;

@@ -1,5 +1,6 @@
-// The vector type and the element types of one ISA. Included once per ISA object, after DSCONV_ISA and DSCONV_VECTOR_BYTES are set;
-// everything lies in that ISA's own namespace, because a function shared between objects might be the copy that needs AVX-512.
+// The vector type and the element types of one ISA. Included once per ISA object, after DSCONV_ISA and
+// DSCONV_VECTOR_BYTES are set; everything lies in that ISA's own namespace, because a function shared between objects
+// might be the copy that needs AVX-512.
 #pragma once
 
 #include <stdint.h>
@@ -71,7 +72,8 @@ DSCONV_INLINE float widen(Float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  // Shift exponent and mantissa into place, then scale by 2^112: subnormals come out right, infinities and NaN are patched.
+  // Shift exponent and mantissa into place, then scale by 2^112: subnormals come out right, infinities and NaN are
+  // patched.
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
@@ -162,7 +164,7 @@ DSCONV_INLINE void for_slots(const Runtime& runtime, int64_t tasks, int64_t slot
   } context{&body, tasks, slots};
   auto trampoline = [](void* p, int64_t slot) {
     const Context& c = *static_cast<Context*>(p);
-    (*c.body)(c.tasks * slot / c.slots, c.tasks * (slot + 1) / c.slots, slot);
+    (*c.body)(c.tasks* slot / c.slots, c.tasks * (slot + 1) / c.slots, slot);
   };
   if (slots == 1) return body(0, tasks, 0);
   runtime.parallel(slots, trampoline, &context);

@@ -21,11 +21,14 @@ void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
 
 template <class S>
 void launch_storage(const DepthwiseProblem& p, const Runtime& runtime) {
-  // The bound covers one image: the offset of an image is always 64-bit. A row of threads and a padded column must fit as well.
+  // The bound covers one image: the offset of an image is always 64-bit. A row of threads and a padded column must fit
+  // as well.
   const Window& w = p.window;
-  const bool columns = numel(1, p.channels * p.multiplier, w.out) < (int64_t{1} << 30) && max_offset(p.x, 1, 1, w.in) < (int64_t{1} << 30) &&
+  const bool columns = numel(1, p.channels * p.multiplier, w.out) < (int64_t{1} << 30) &&
+                       max_offset(p.x, 1, 1, w.in) < (int64_t{1} << 30) &&
                        (w.out[2] + kPixels) * w.stride[2] + w.taps[2] * w.dilation[2] + w.pad[2] < (int64_t{1} << 30);
-  const bool narrow = columns && fits_int32(p.x, 1, p.channels, w.in) && fits_int32(p.y, 1, p.channels * p.multiplier, w.out);
+  const bool narrow =
+      columns && fits_int32(p.x, 1, p.channels, w.in) && fits_int32(p.y, 1, p.channels * p.multiplier, w.out);
   return narrow ? launch_as<S, int32_t>(p, runtime) : launch_as<S, int64_t>(p, runtime);
 }
 

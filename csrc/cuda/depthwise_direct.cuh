@@ -1,5 +1,6 @@
-// Depthwise forward of any rank, taps, stride, dilation, padding, multiplier, dtype and layout: a thread computes kPixels neighbouring
-// outputs of one channel and reads its inputs through the cache. The general kernel: what specialised rows do not cover.
+// Depthwise forward of any rank, taps, stride, dilation, padding, multiplier, dtype and layout: a thread computes
+// kPixels neighbouring outputs of one channel and reads its inputs through the cache. The general kernel: what
+// specialised rows do not cover.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,8 +34,8 @@ __device__ inline void narrow(float value, __nv_bfloat16* out) { *out = __float2
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;
 
-// kChannelsFast: neighbouring threads take neighbouring channels (channels_last), else neighbouring groups of columns (contiguous).
-// Index is int32_t where every offset fits, else int64_t.
+// kChannelsFast: neighbouring threads take neighbouring channels (channels_last), else neighbouring groups of columns
+// (contiguous). Index is int32_t where every offset fits, else int64_t.
 template <class S, class Index, bool kChannelsFast>
 __global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProblem p) {
   using T = Compute<S>;
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProb
     const Index column = (kChannelsFast ? at / channels : at % groups) * kPixels;
     const Index h = row % w.out[1], d = row / w.out[1] % w.out[0];
     const int64_t image = row / (w.out[0] * w.out[1]);
-    const S* x = static_cast<const S*>(p.x.data) + image * p.x.stride[0] + (o / static_cast<Index>(p.multiplier)) * p.x.stride[1];
+    const S* x = static_cast<const S*>(p.x.data) + image * p.x.stride[0] +
+                 (o / static_cast<Index>(p.multiplier)) * p.x.stride[1];
     const S* weight = static_cast<const S*>(p.weight.data) + o * p.weight.stride[0];
     T sum[kPixels];
     const T bias = p.bias.data ? widen(static_cast<const S*>(p.bias.data)[o * p.bias.stride[0]]) : T(0);
@@ -73,11 +75,13 @@ __global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProb
         }
       }
     }
-    S* y = static_cast<S*>(p.y.data) + image * p.y.stride[0] + o * p.y.stride[1] + d * p.y.stride[2] + h * p.y.stride[3];
+    S* y =
+        static_cast<S*>(p.y.data) + image * p.y.stride[0] + o * p.y.stride[1] + d * p.y.stride[2] + h * p.y.stride[3];
     with_activation(p.activation.kind, [&]<Activation kind>() {
 #pragma unroll
       for (int q = 0; q < kPixels; ++q) {
-        if (column + q < w.out[2]) narrow(activate<kind>(sum[q], static_cast<T>(p.activation.param)), y + (column + q) * p.y.stride[4]);
+        if (column + q < w.out[2])
+          narrow(activate<kind>(sum[q], static_cast<T>(p.activation.param)), y + (column + q) * p.y.stride[4]);
       }
     });
   }

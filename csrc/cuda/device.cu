@@ -51,7 +51,8 @@ const Machine& machine(int device) {
 
 void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("dsconv: launch of ") + kernel + " failed: " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("dsconv: launch of ") + kernel + " failed: " + cudaGetErrorString(error));
 }
 
 }  // namespace dsconv::cuda

@@ -10,11 +10,13 @@ namespace dsconv {
 using torch::headeronly::ScalarType;
 
 ActivationSpec parse_activation(const char* argument, const std::string& name, double param) {
-  static constexpr const char* kNames[] = {"none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "sigmoid", "tanh", "elu"};
+  static constexpr const char* kNames[] = {"none", "relu",      "relu6",      "hardswish", "hardsigmoid", "silu",
+                                           "gelu", "gelu_tanh", "leaky_relu", "sigmoid",   "tanh",        "elu"};
   for (size_t i = 0; i < std::size(kNames); ++i) {
     if (name == kNames[i]) return {static_cast<Activation>(i), param};
   }
-  DSCONV_CHECK(false, argument, "'" + name + "'", "none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh or elu");
+  DSCONV_CHECK(false, argument, "'" + name + "'",
+               "none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh or elu");
 }
 
 DType dtype_of(const char* argument, const Tensor& t) {
@@ -23,7 +25,9 @@ DType dtype_of(const char* argument, const Tensor& t) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: DSCONV_CHECK(false, argument, "dtype " + std::to_string(static_cast<int>(t.scalar_type())), "float64, float32, bfloat16 or float16");
+    default:
+      DSCONV_CHECK(false, argument, "dtype " + std::to_string(static_cast<int>(t.scalar_type())),
+                   "float64, float32, bfloat16 or float16");
   }
 }
 
@@ -40,7 +44,8 @@ View view_of(const OptionalTensor& t) { return t ? view_of(*t) : View{}; }
 
 static std::string list(const int64_t* values, int64_t count) {
   std::string s = "[";
-  for (int64_t i = 0; i < count; ++i) s += (i ? ", " : "") + (values[i] < 0 ? std::string("*") : std::to_string(values[i]));
+  for (int64_t i = 0; i < count; ++i)
+    s += (i ? ", " : "") + (values[i] < 0 ? std::string("*") : std::to_string(values[i]));
   return s + "]";
 }
 
@@ -49,7 +54,8 @@ void check_like(const char* argument, const Tensor& t, const Tensor& x, const In
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || sizes[i] == got[i];
   DSCONV_CHECK(same, argument, "shape " + list(got.data(), t.dim()), "shape " + list(sizes.data(), sizes.size()));
-  DSCONV_CHECK(t.scalar_type() == x.scalar_type(), argument, name_of(dtype_of(argument, t)), name_of(dtype_of("x", x)), ", the dtype of x");
+  DSCONV_CHECK(t.scalar_type() == x.scalar_type(), argument, name_of(dtype_of(argument, t)), name_of(dtype_of("x", x)),
+               ", the dtype of x");
   DSCONV_CHECK(t.device() == x.device(), argument, "another device", "the device of x");
 }
 
@@ -57,12 +63,14 @@ void check_like(const char* argument, const OptionalTensor& t, const Tensor& x, 
   if (t) check_like(argument, *t, x, sizes);
 }
 
-static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, const int64_t* size, const int64_t* stride) {
+static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, const int64_t* size,
+                            const int64_t* stride) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, size, stride, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -89,8 +97,8 @@ Tensor empty_bytes(const Tensor& x, int64_t bytes) {
   return empty_strided(x, aoti_torch_dtype_uint8(), 1, &bytes, &stride);
 }
 
-DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const WindowArguments& arguments,
-                                   ActivationSpec activation) {
+DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                   const WindowArguments& arguments, ActivationSpec activation) {
   const int64_t rank = x.dim(), spatial = rank - 2;
   DSCONV_CHECK(rank >= 3 && rank <= 5, "x", std::to_string(rank) + " dimensions", "3 to 5: [N, C, spatial...]");
   DepthwiseProblem p{};
@@ -101,14 +109,17 @@ DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const 
   IntList weight_size(rank, -1);
   weight_size[1] = 1;
   check_like("weight", weight, x, weight_size);
-  DSCONV_CHECK(p.channels > 0 && weight.size(0) > 0 && weight.size(0) % p.channels == 0, "weight", std::to_string(weight.size(0)) + " filters",
-               "a multiple of the ", p.channels, " channels of x");
+  DSCONV_CHECK(p.channels > 0 && weight.size(0) > 0 && weight.size(0) % p.channels == 0, "weight",
+               std::to_string(weight.size(0)) + " filters", "a multiple of the ", p.channels, " channels of x");
   p.multiplier = weight.size(0) / p.channels;
   check_like("bias", bias, x, {weight.size(0)});
   const auto length = static_cast<size_t>(spatial);
-  DSCONV_CHECK(arguments.stride.size() == length, "stride", std::to_string(arguments.stride.size()) + " numbers", spatial);
-  DSCONV_CHECK(arguments.dilation.size() == length, "dilation", std::to_string(arguments.dilation.size()) + " numbers", spatial);
-  DSCONV_CHECK(arguments.padding.size() == 2 * length, "padding", std::to_string(arguments.padding.size()) + " numbers", 2 * spatial);
+  DSCONV_CHECK(arguments.stride.size() == length, "stride", std::to_string(arguments.stride.size()) + " numbers",
+               spatial);
+  DSCONV_CHECK(arguments.dilation.size() == length, "dilation", std::to_string(arguments.dilation.size()) + " numbers",
+               spatial);
+  DSCONV_CHECK(arguments.padding.size() == 2 * length, "padding", std::to_string(arguments.padding.size()) + " numbers",
+               2 * spatial);
   Window& w = p.window;
   for (int dim = 0; dim < 3; ++dim) {
     const int64_t i = dim - (3 - spatial);
@@ -125,8 +136,8 @@ DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const 
     DSCONV_CHECK(w.dilation[dim] > 0, "dilation", w.dilation[dim], "at least 1");
     DSCONV_CHECK(w.pad[dim] >= 0 && high >= 0, "padding", min64(w.pad[dim], high), "at least 0");
     w.out[dim] = output_size(w.in[dim], w.taps[dim], w.stride[dim], w.dilation[dim], w.pad[dim], high);
-    DSCONV_CHECK(w.out[dim] > 0, "x", "a padded size of " + std::to_string(w.in[dim] + w.pad[dim] + high), "at least the ",
-                 w.dilation[dim] * (w.taps[dim] - 1) + 1, " positions the kernel spans");
+    DSCONV_CHECK(w.out[dim] > 0, "x", "a padded size of " + std::to_string(w.in[dim] + w.pad[dim] + high),
+                 "at least the ", w.dilation[dim] * (w.taps[dim] - 1) + 1, " positions the kernel spans");
   }
   p.x = view_of(x);
   p.weight = view_of(weight);
@@ -181,11 +192,16 @@ static void choose_and_launch(const char* op, Pass pass, const Problem& problem,
   } else {
     row = choose(pass, problem, machine_of(x), preferred_rows());
   }
-  STD_TORCH_CHECK(row, "dsconv::", op, ": no kernel of this library runs ", name_of(pass), " here: ", describe(problem));
+  STD_TORCH_CHECK(row, "dsconv::", op, ": no kernel of this library runs ", name_of(pass),
+                  " here: ", describe(problem));
   launch(*row, problem, x);
 }
 
-void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x) { choose_and_launch(op, pass, problem, x); }
-void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x) { choose_and_launch(op, pass, problem, x); }
+void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x) {
+  choose_and_launch(op, pass, problem, x);
+}
+void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x) {
+  choose_and_launch(op, pass, problem, x);
+}
 
 }  // namespace dsconv

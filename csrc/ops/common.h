@@ -30,7 +30,8 @@ View view_of(const OptionalTensor& t);
 void check_like(const char* argument, const Tensor& t, const Tensor& x, const IntList& sizes);
 void check_like(const char* argument, const OptionalTensor& t, const Tensor& x, const IntList& sizes);
 
-// [N, channels, spatial] like x: channels_last when x has more than one channel and its channel stride is 1, else contiguous.
+// [N, channels, spatial] like x: channels_last when x has more than one channel and its channel stride is 1, else
+// contiguous.
 Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial);
 Tensor empty_bytes(const Tensor& x, int64_t bytes);
 
@@ -40,8 +41,8 @@ struct WindowArguments {
 };
 
 // Sizes of a depthwise convolution and everything about it that needs no output.
-DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const WindowArguments& arguments,
-                                   ActivationSpec activation);
+DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                   const WindowArguments& arguments, ActivationSpec activation);
 
 // The spatial sizes of window.out as a tensor of x's rank has them.
 inline const int64_t* spatial_of(const Tensor& x, const int64_t (&size)[3]) { return size + 5 - x.dim(); }
@@ -65,7 +66,8 @@ const Preferred& preferred_rows();
 
 // Explanations: while recording, every choice leaves an entry.
 bool recording();
-void record(const char* op, Pass pass, const std::string& problem, const std::string& chosen, const std::vector<Candidate>& candidates);
+void record(const char* op, Pass pass, const std::string& problem, const std::string& chosen,
+            const std::vector<Candidate>& candidates);
 std::string describe(const DepthwiseProblem& problem);
 std::string describe(const PointwiseProblem& problem);
 std::string describe(const SeparableProblem& problem);

@@ -4,12 +4,15 @@ namespace dsconv {
 
 Tensor undefined() { return Tensor(); }
 
-// The composition of PyTorch operators that Python registers, for a device this library has no kernel for. It says so itself.
-static Tensor depthwise_torch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride, const IntList& padding,
-                              const IntList& dilation, const std::string& activation, double activation_param) {
+// The composition of PyTorch operators that Python registers, for a device this library has no kernel for. It says so
+// itself.
+static Tensor depthwise_torch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
+                              const IntList& padding, const IntList& dilation, const std::string& activation,
+                              double activation_param) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),        from(weight),     from(bias),             from(stride),          from(padding),
-                                    from(dilation), from(activation), from(activation_param), from(std::nullopt)};
+  std::array<StableIValue, 9> stack{from(x),          from(weight),           from(bias),
+                                    from(stride),     from(padding),          from(dilation),
+                                    from(activation), from(activation_param), from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::depthwise_torch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -22,16 +25,18 @@ Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec acti
   return y;
 }
 
-Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride, const IntList& padding,
-                 const IntList& dilation, const std::string& activation, double activation_param, const OptionalTensor&) {
+Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
+                 const IntList& padding, const IntList& dilation, const std::string& activation,
+                 double activation_param, const OptionalTensor&) {
   const ActivationSpec spec = parse_activation("activation", activation, activation_param);
   const DepthwiseProblem p = depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec);
   if (!has_kernels(x)) return depthwise_torch(x, weight, bias, stride, padding, dilation, activation, activation_param);
   return depthwise_forward("depthwise", p, spec, x);
 }
 
-DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const Tensor& grad, const OptionalTensor& saved, const Tensor& x,
-                                       const Tensor& weight, bool need_x, bool need_weight, bool need_bias) {
+DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const Tensor& grad,
+                                       const OptionalTensor& saved, const Tensor& x, const Tensor& weight, bool need_x,
+                                       bool need_weight, bool need_bias) {
   DepthwiseGradients gradients{undefined(), undefined(), undefined()};
   p.grad = view_of(grad);
   p.saved = view_of(saved);
@@ -53,10 +58,12 @@ DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const
   return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                      const OptionalTensor& output, const IntList& stride, const IntList& padding,
-                                                      const IntList& dilation, const std::string& activation, double activation_param,
-                                                      bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& output,
+                                                      const IntList& stride, const IntList& padding,
+                                                      const IntList& dilation, const std::string& activation,
+                                                      double activation_param, bool need_x, bool need_weight,
+                                                      bool need_bias) {
   const ActivationSpec spec = parse_activation("activation", activation, activation_param);
   const DepthwiseProblem p = depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec);
   IntList size{p.batch, channels_of(p)};
@@ -65,12 +72,14 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const 
   check_like("output", output, x, size);
   OptionalTensor saved;
   if (derivative_from_output(spec)) {
-    DSCONV_CHECK(output.has_value(), "output", "None", "the forward's output, from which the derivative of ", activation, " is read");
+    DSCONV_CHECK(output.has_value(), "output", "None", "the forward's output, from which the derivative of ",
+                 activation, " is read");
     saved = output;
   } else if (spec.kind != Activation::none) {
     saved = depthwise_forward("depthwise_backward", p, {Activation::none, 0}, x);
   }
-  DepthwiseGradients g = depthwise_gradients("depthwise_backward", p, grad, saved, x, weight, need_x, need_weight, need_bias);
+  DepthwiseGradients g =
+      depthwise_gradients("depthwise_backward", p, grad, saved, x, weight, need_x, need_weight, need_bias);
   return {g.x, g.weight, g.bias};
 }
 

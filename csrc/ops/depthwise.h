@@ -7,23 +7,28 @@
 
 namespace dsconv {
 
-Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride, const IntList& padding,
-                 const IntList& dilation, const std::string& activation, double activation_param, const OptionalTensor& packed);
+Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
+                 const IntList& padding, const IntList& dilation, const std::string& activation,
+                 double activation_param, const OptionalTensor& packed);
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                      const OptionalTensor& output, const IntList& stride, const IntList& padding,
-                                                      const IntList& dilation, const std::string& activation, double activation_param,
-                                                      bool need_x, bool need_weight, bool need_bias);
+std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& output,
+                                                      const IntList& stride, const IntList& padding,
+                                                      const IntList& dilation, const std::string& activation,
+                                                      double activation_param, bool need_x, bool need_weight,
+                                                      bool need_bias);
 
 // The forward of `problem` with another activation into a new tensor.
 Tensor depthwise_forward(const char* op, DepthwiseProblem problem, ActivationSpec activation, const Tensor& x);
 
-// The gradients of `problem` (its activation included) from the gradient of its output; `saved` as DepthwiseProblem says.
+// The gradients of `problem` (its activation included) from the gradient of its output; `saved` as DepthwiseProblem
+// says.
 struct DepthwiseGradients {
   Tensor x, weight, bias;  // undefined where not asked for
 };
-DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem problem, const Tensor& grad, const OptionalTensor& saved, const Tensor& x,
-                                       const Tensor& weight, bool need_x, bool need_weight, bool need_bias);
+DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem problem, const Tensor& grad,
+                                       const OptionalTensor& saved, const Tensor& x, const Tensor& weight, bool need_x,
+                                       bool need_weight, bool need_bias);
 
 // A tensor no caller asked for, as autograd expects it.
 Tensor undefined();

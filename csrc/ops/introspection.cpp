@@ -39,7 +39,9 @@ Preferred g_preferred;
 std::atomic<bool> g_recording{false};
 std::atomic<bool> g_has_preferred{false};
 
-std::string sizes(const int64_t (&size)[3]) { return std::to_string(size[0]) + "x" + std::to_string(size[1]) + "x" + std::to_string(size[2]); }
+std::string sizes(const int64_t (&size)[3]) {
+  return std::to_string(size[0]) + "x" + std::to_string(size[1]) + "x" + std::to_string(size[2]);
+}
 
 }  // namespace
 
@@ -83,12 +85,15 @@ std::string explain_end() {
   return json + "]";
 }
 
-void record(const char* op, Pass pass, const std::string& problem, const std::string& chosen, const std::vector<Candidate>& candidates) {
-  std::string json = "{\"op\": " + quote(op) + ", \"pass\": " + quote(name_of(pass)) + ", \"problem\": " + quote(problem) + ", \"chosen\": " +
-                     (chosen.empty() ? "null" : quote(chosen)) + ", \"candidates\": [";
+void record(const char* op, Pass pass, const std::string& problem, const std::string& chosen,
+            const std::vector<Candidate>& candidates) {
+  std::string json = "{\"op\": " + quote(op) + ", \"pass\": " + quote(name_of(pass)) +
+                     ", \"problem\": " + quote(problem) + ", \"chosen\": " + (chosen.empty() ? "null" : quote(chosen)) +
+                     ", \"candidates\": [";
   for (size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& c = candidates[i];
-    json += (i ? ", " : "") + ("{\"name\": " + quote(c.name)) + ", \"estimate_us\": " + (c.reason ? "null" : std::to_string(c.estimate_us)) +
+    json += (i ? ", " : "") + ("{\"name\": " + quote(c.name)) +
+            ", \"estimate_us\": " + (c.reason ? "null" : std::to_string(c.estimate_us)) +
             ", \"reason\": " + (c.reason ? quote(c.reason) : "null") + "}";
   }
   const std::lock_guard<std::mutex> lock(g_mutex);
@@ -97,20 +102,24 @@ void record(const char* op, Pass pass, const std::string& problem, const std::st
 
 std::string describe(const DepthwiseProblem& p) {
   const Window& w = p.window;
-  return "n" + std::to_string(p.batch) + " c" + std::to_string(p.channels) + " m" + std::to_string(p.multiplier) + " in" + sizes(w.in) + " out" +
-         sizes(w.out) + " k" + sizes(w.taps) + " s" + sizes(w.stride) + " d" + sizes(w.dilation) + " " + name_of(p.dtype);
+  return "n" + std::to_string(p.batch) + " c" + std::to_string(p.channels) + " m" + std::to_string(p.multiplier) +
+         " in" + sizes(w.in) + " out" + sizes(w.out) + " k" + sizes(w.taps) + " s" + sizes(w.stride) + " d" +
+         sizes(w.dilation) + " " + name_of(p.dtype);
 }
 std::string describe(const PointwiseProblem& p) {
-  return "n" + std::to_string(p.batch) + " c" + std::to_string(p.in_channels) + " o" + std::to_string(p.out_channels) + " " + sizes(p.size) + " " +
-         name_of(p.dtype);
+  return "n" + std::to_string(p.batch) + " c" + std::to_string(p.in_channels) + " o" + std::to_string(p.out_channels) +
+         " " + sizes(p.size) + " " + name_of(p.dtype);
 }
-std::string describe(const SeparableProblem& p) { return describe(p.depthwise) + " o" + std::to_string(p.pointwise.out_channels); }
+std::string describe(const SeparableProblem& p) {
+  return describe(p.depthwise) + " o" + std::to_string(p.pointwise.out_channels);
+}
 
 std::string kernels() {
   std::string json = "[";
   for (const Row& row : kernel_table()) {
-    json += (json.size() > 1 ? ", " : "") + ("{\"name\": " + quote(row.name)) + ", \"pass\": " + quote(name_of(row.pass)) + ", \"target\": " +
-            quote(name_of(row.target)) + ", \"efficiency\": " + std::to_string(row.efficiency) + "}";
+    json += (json.size() > 1 ? ", " : "") + ("{\"name\": " + quote(row.name)) +
+            ", \"pass\": " + quote(name_of(row.pass)) + ", \"target\": " + quote(name_of(row.target)) +
+            ", \"efficiency\": " + std::to_string(row.efficiency) + "}";
   }
   return json + "]";
 }
@@ -121,11 +130,13 @@ std::string build_info() {
   compiled += ";avx2;avx512";
 #endif
   const unsigned long long target = TORCH_TARGET_VERSION;
-  return "{\"version\": " + quote(DSCONV_VERSION) + ", \"torch_target\": " +
-         quote(std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff)) + ", \"cpu_isa_compiled\": " + quote_list(compiled, ';') +
-         ", \"cpu_isa_found\": " + quote(name_of(detected_isa())) + ", \"cpu_isa_used\": " + quote(name_of(cpu_machine().target)) +
-         ", \"cuda_compiled\": " + (DSCONV_CUDA ? "true" : "false") + ", \"cuda_archs\": " + quote_list(DSCONV_CUDA_ARCHS, ';') +
-         ", \"compiler\": " + quote(__VERSION__) + "}";
+  return "{\"version\": " + quote(DSCONV_VERSION) +
+         ", \"torch_target\": " + quote(std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff)) +
+         ", \"cpu_isa_compiled\": " + quote_list(compiled, ';') +
+         ", \"cpu_isa_found\": " + quote(name_of(detected_isa())) +
+         ", \"cpu_isa_used\": " + quote(name_of(cpu_machine().target)) +
+         ", \"cuda_compiled\": " + (DSCONV_CUDA ? "true" : "false") +
+         ", \"cuda_archs\": " + quote_list(DSCONV_CUDA_ARCHS, ';') + ", \"compiler\": " + quote(__VERSION__) + "}";
 }
 
 }  // namespace dsconv

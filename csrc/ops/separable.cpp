@@ -15,8 +15,9 @@ IntList output_sizes(const SeparableProblem& p, const Tensor& x) {
 }
 
 SeparableProblem separable_problem(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
-                                   const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
-                                   const WindowArguments& arguments, ActivationSpec mid, ActivationSpec activation) {
+                                   const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                                   const OptionalTensor& residual, const WindowArguments& arguments, ActivationSpec mid,
+                                   ActivationSpec activation) {
   SeparableProblem p{depthwise_problem(x, depthwise_weight, depthwise_bias, arguments, mid), {}};
   IntList weight_size(x.dim(), 1);
   weight_size[0] = -1;
@@ -62,12 +63,17 @@ const void* panels_of(const OptionalTensor& packed, const PointwiseProblem& p, T
   const bool readable = packed->is_cpu() && packed->element_size() == 1 && packed->is_contiguous();
   if (readable && bytes == 0) return nullptr;
   if (readable && bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->data_ptr(), sizeof header);
-  DSCONV_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0, "packed", "a tensor that dsconv::pack did not make", "its result");
-  DSCONV_CHECK(header.dtype == static_cast<int64_t>(p.dtype) && header.in_channels == p.in_channels && header.out_channels == p.out_channels, "packed",
-               std::string("weights [") + std::to_string(header.out_channels) + ", " + std::to_string(header.in_channels) + "] of another layer or dtype",
+  DSCONV_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0, "packed",
+               "a tensor that dsconv::pack did not make", "its result");
+  DSCONV_CHECK(header.dtype == static_cast<int64_t>(p.dtype) && header.in_channels == p.in_channels &&
+                   header.out_channels == p.out_channels,
+               "packed",
+               std::string("weights [") + std::to_string(header.out_channels) + ", " +
+                   std::to_string(header.in_channels) + "] of another layer or dtype",
                "[", p.out_channels, ", ", p.in_channels, "] in ", name_of(p.dtype));
   if (header.target != static_cast<int64_t>(target)) return nullptr;
-  DSCONV_CHECK(bytes == static_cast<int64_t>(sizeof header + packer_of(target)->bytes(p)), "packed", std::to_string(bytes) + " bytes", "the size dsconv::pack gave");
+  DSCONV_CHECK(bytes == static_cast<int64_t>(sizeof header + packer_of(target)->bytes(p)), "packed",
+               std::to_string(bytes) + " bytes", "the size dsconv::pack gave");
   return static_cast<const char*>(packed->data_ptr()) + sizeof header;
 }
 
@@ -75,7 +81,8 @@ SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& 
   if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
   std::vector<Candidate> candidates;
   const SeparableChoice choice = choose_separable(p, fuse, machine_of(x), preferred_rows(), &candidates);
-  record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name, candidates);
+  record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name,
+         candidates);
   return choice;
 }
 
@@ -89,13 +96,15 @@ Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
 
 }  // namespace
 
-Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
-                 const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const IntList& stride, const IntList& padding,
-                 const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                 const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                 const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
+                 const std::string& mid_activation, double mid_param, const std::string& activation,
                  double activation_param, const std::string& fuse, const OptionalTensor& packed) {
-  SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, {stride, padding, dilation},
-                                         parse_activation("mid_activation", mid_activation, mid_param),
-                                         parse_activation("activation", activation, activation_param));
+  SeparableProblem p =
+      separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual,
+                        {stride, padding, dilation}, parse_activation("mid_activation", mid_activation, mid_param),
+                        parse_activation("activation", activation, activation_param));
   const Fuse how = parse_fuse(fuse);
   Tensor y = empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
   if (p.pointwise.batch == 0) return y;
@@ -106,7 +115,8 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
     launch(*choice.fused, p, x);
     return y;
   }
-  STD_TORCH_CHECK(choice.depthwise && choice.pointwise, "dsconv::separable: no kernel of this library runs here: ", describe(p));
+  STD_TORCH_CHECK(choice.depthwise && choice.pointwise,
+                  "dsconv::separable: no kernel of this library runs here: ", describe(p));
   Tensor map = empty_output(x, p.pointwise.in_channels, spatial_of(x, p.pointwise.size));
   p.depthwise.y = p.pointwise.a = view_of(map);
   p.pointwise.packed = panels_of(packed, p.pointwise, choice.pointwise->target);
@@ -116,27 +126,32 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
-    const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const OptionalTensor& output, const IntList& stride,
-    const IntList& padding, const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
-    double activation_param, bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
+    const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+    const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
+    const OptionalTensor& output, const IntList& stride, const IntList& padding, const IntList& dilation,
+    const std::string& mid_activation, double mid_param, const std::string& activation, double activation_param,
+    bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
     bool need_pointwise_bias, bool need_residual) {
   constexpr const char* kOp = "separable_backward";
   constexpr ActivationSpec kNone{Activation::none, 0};
   const ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
   const ActivationSpec last = parse_activation("activation", activation, activation_param);
-  SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, {stride, padding, dilation}, mid, last);
+  SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias,
+                                         residual, {stride, padding, dilation}, mid, last);
   check_like("grad", grad, x, output_sizes(p, x));
   check_like("output", output, x, output_sizes(p, x));
   const PointwiseProblem& pw = p.pointwise;
 
-  // The depthwise map after its activation, and what its derivative is read off; recomputed from x, never stored by the forward.
+  // The depthwise map after its activation, and what its derivative is read off; recomputed from x, never stored by the
+  // forward.
   OptionalTensor map, mid_saved;
   const bool need_mid = need_x || need_depthwise_weight || need_depthwise_bias;
   const bool recompute_last = last.kind != Activation::none && !derivative_from_output(last);
   const bool mid_from_output = derivative_from_output(mid);
-  if (need_pointwise_weight || recompute_last || (need_mid && mid_from_output)) map = depthwise_forward(kOp, p.depthwise, mid, x);
-  if (need_mid && mid.kind != Activation::none) mid_saved = mid_from_output ? map : depthwise_forward(kOp, p.depthwise, kNone, x);
+  if (need_pointwise_weight || recompute_last || (need_mid && mid_from_output))
+    map = depthwise_forward(kOp, p.depthwise, mid, x);
+  if (need_mid && mid.kind != Activation::none)
+    mid_saved = mid_from_output ? map : depthwise_forward(kOp, p.depthwise, kNone, x);
 
   // The gradient of the pre-activation of the output.
   Tensor grad_z = grad;
@@ -148,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
       again.activation = kNone;
       saved = pointwise_forward(again, x);
     }
-    DSCONV_CHECK(saved.has_value(), "output", "None", "the forward's output, from which the derivative of ", activation, " is read");
+    DSCONV_CHECK(saved.has_value(), "output", "None", "the forward's output, from which the derivative of ", activation,
+                 " is read");
     grad_z = empty_output(x, pw.out_channels, spatial_of(x, pw.size));
     DepthwiseProblem mask{};
     mask.dtype = pw.dtype;
@@ -197,7 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     transposed.bias = transposed.residual = View{};
     transposed.activation = kNone;
     const Tensor grad_map = pointwise_forward(transposed, x);
-    g = depthwise_gradients(kOp, p.depthwise, grad_map, mid_saved, x, depthwise_weight, need_x, need_depthwise_weight, need_depthwise_bias);
+    g = depthwise_gradients(kOp, p.depthwise, grad_map, mid_saved, x, depthwise_weight, need_x, need_depthwise_weight,
+                            need_depthwise_bias);
   }
   // Without an activation the residual's gradient is the incoming one, which an operator may not return as it is.
   Tensor grad_residual = undefined();
@@ -215,7 +232,8 @@ Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weig
   p.in_channels = pointwise_weight->size(1);
   p.weight = view_of(*pointwise_weight);
   Tensor packed = empty_bytes(depthwise_weight, sizeof(PackedHeader) + packer->bytes(p));
-  PackedHeader header{{}, static_cast<int64_t>(cpu_machine().target), static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, {}};
+  PackedHeader header{
+      {}, static_cast<int64_t>(cpu_machine().target), static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, {}};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   char* data = static_cast<char*>(packed.data_ptr());
   std::memcpy(data, &header, sizeof header);

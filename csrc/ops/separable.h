@@ -7,16 +7,18 @@
 
 namespace dsconv {
 
-Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
-                 const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const IntList& stride, const IntList& padding,
-                 const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                 const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                 const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
+                 const std::string& mid_activation, double mid_param, const std::string& activation,
                  double activation_param, const std::string& fuse, const OptionalTensor& packed);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight, const OptionalTensor& depthwise_bias,
-    const OptionalTensor& pointwise_bias, const OptionalTensor& residual, const OptionalTensor& output, const IntList& stride,
-    const IntList& padding, const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
-    double activation_param, bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
+    const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+    const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
+    const OptionalTensor& output, const IntList& stride, const IntList& padding, const IntList& dilation,
+    const std::string& mid_activation, double mid_param, const std::string& activation, double activation_param,
+    bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
     bool need_pointwise_bias, bool need_residual);
 
 // Pointwise weights as the CPU kernels of this machine read them, behind a header; empty when there are none.
