@@ -36,7 +36,9 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 def _text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return {True: "yes", False: "no", None: "-"}.get(value, str(value)) if not isinstance(value, str) else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
 
 
 def info(_: argparse.Namespace) -> None:
@@ -68,9 +70,9 @@ def explain(args: argparse.Namespace) -> None:
     settings = {"stride": args.stride, "padding": args.padding, "dilation": args.dilation}
     if args.outputs:
         pointwise = torch.randn(args.outputs, weight.size(0), *[1] * nd, **factory)
-        function, weights = getattr(dsconv_ext.functional, f"separable_conv{nd}d"), (weight, pointwise)
+        function, weights = getattr(dsconv_ext.functional, f"separable_conv{nd}d"), [weight, pointwise]
     else:
-        function, weights = getattr(dsconv_ext.functional, f"depthwise_conv{nd}d"), (weight,)
+        function, weights = getattr(dsconv_ext.functional, f"depthwise_conv{nd}d"), [weight]
 
     def run() -> None:
         inputs = [t.requires_grad_(args.backward) for t in (x, *weights)]

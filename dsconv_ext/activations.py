@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,20 +42,15 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
     return (grad * (sigmoid * (1 + wide * (1 - sigmoid)))).to(grad.dtype)
 
 
-# The backward ops of ATen are used as they are: they fix the derivative at kinks and for NaN, and are differentiable themselves,
-# but for silu's.
+# ATen's backward ops fix the derivatives at kinks and for NaN, and are differentiable themselves; but for silu's.
 _TABLE: dict[str, _Activation] = {
     "none": _Activation(lambda z, _: z, lambda g, y, _: g, _always),
     "relu": _Activation(lambda z, _: F.relu(z), lambda g, y, _: _aten.threshold_backward(g, y, 0), _always),
     "relu6": _Activation(lambda z, _: F.relu6(z), lambda g, y, _: _aten.hardtanh_backward(g, y, 0.0, 6.0), _always),
     "hardswish": _Activation(lambda z, _: F.hardswish(z), lambda g, z, _: _aten.hardswish_backward(g, z), _never),
-    "hardsigmoid": _Activation(
-        lambda z, _: F.hardsigmoid(z), lambda g, y, _: _hardsigmoid_backward(y, g), _always
-    ),
+    "hardsigmoid": _Activation(lambda z, _: F.hardsigmoid(z), lambda g, y, _: _hardsigmoid_backward(y, g), _always),
     "silu": _Activation(lambda z, _: F.silu(z), lambda g, z, _: _silu_backward(g, z), _never),
-    "gelu": _Activation(
-        lambda z, _: F.gelu(z), lambda g, z, _: _aten.gelu_backward(g, z, approximate="none"), _never
-    ),
+    "gelu": _Activation(lambda z, _: F.gelu(z), lambda g, z, _: _aten.gelu_backward(g, z, approximate="none"), _never),
     "gelu_tanh": _Activation(
         lambda z, _: F.gelu(z, approximate="tanh"),
         lambda g, z, _: _aten.gelu_backward(g, z, approximate="tanh"),
@@ -74,7 +69,7 @@ _TABLE: dict[str, _Activation] = {
 NAMES: tuple[str, ...] = tuple(_TABLE)
 
 
-def parse(activation: str | tuple[str, float], argument: str = "activation") -> tuple[str, float]:
+def parse(activation: Any, argument: str = "activation") -> tuple[str, float]:
     """Split an activation into its name and its parameter.
 
     Parameters
@@ -99,8 +94,11 @@ def parse(activation: str | tuple[str, float], argument: str = "activation") -> 
     >>> parse("leaky_relu"), parse(("elu", 0.5)), parse("relu")
     (('leaky_relu', 0.01), ('elu', 0.5), ('relu', 0.0))
     """
+    name: Any = activation
+    parameter: Any = None
     pair = isinstance(activation, (tuple, list)) and len(activation) == 2
-    name, parameter = activation if pair else (activation, None)
+    if pair:
+        name, parameter = activation
     if not isinstance(name, str) or (pair and (isinstance(parameter, bool) or not isinstance(parameter, (int, float)))):
         raise TypeError(f"{argument}: got {activation!r}, expected a name or a pair (name, number)")
     if name not in _TABLE:

@@ -1,16 +1,16 @@
 """Differentiation: the entry points of the four compute operators, and which form of them a call takes.
 
-An operator that has a registered autograd formula alone gives wrong tangents in forward mode, raises under torch.func.grad
-and is slow in eager mode. `depthwise` and `separable` therefore choose, in this order: the plain operator while compiling
-(its registered formula serves); an autograd.Function with setup_context, jvp and vmap under a functorch transform or
-forward-mode AD; a ctx-style autograd.Function (the fast one) if a gradient is wanted; the operator below Autograd.
-One spec per operator makes the three differentiable forms. All formulas are written with the entry points themselves,
-so derivatives of any order are closed under them: a depthwise convolution is bilinear, as is its backward.
+An operator with a registered autograd formula alone gives wrong tangents in forward mode, raises under torch.func.grad
+and is slow in eager mode. `depthwise` and `separable` therefore choose, in this order: the plain operator while
+compiling (its registered formula serves); an autograd.Function with setup_context, jvp and vmap under a functorch
+transform or forward-mode AD; a ctx-style autograd.Function (the fast one) if a gradient is wanted; the operator below
+Autograd. One spec per operator makes the three differentiable forms. All formulas are written with the entry points
+themselves, so derivatives of any order are closed under them: a depthwise convolution is bilinear, as is its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,13 +59,9 @@ def depthwise(
 ) -> Tensor:
     """Compute ``dsconv::depthwise``, differentiable in x, weight and bias in every mode, to any order."""
     if _is_compiling():
-        return _ops.depthwise.default(
-            x, weight, bias, stride, padding, dilation, activation, activation_param, packed
-        )
+        return _ops.depthwise.default(x, weight, bias, stride, padding, dilation, activation, activation_param, packed)
     if _functorch_level() is not None or forward_ad._current_level >= 0:
-        return _transformable_depthwise(
-            x, weight, bias, stride, padding, dilation, activation, activation_param, None
-        )
+        return _transformable_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param, None)
     if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _fast_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param, None)
     with _BelowAutograd():
@@ -117,7 +113,7 @@ def depthwise_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> Grads:
-    """Compute ``dsconv::depthwise_backward``; where it is differentiated itself, as a composition that ends bilinear."""
+    """Compute ``dsconv::depthwise_backward``; as a composition where it is differentiated itself."""
     geometry = (stride, padding, dilation)
     if _is_plain(grad, x, weight, bias, output):
         settings = (activation, activation_param, need_x, need_weight, need_bias)
@@ -126,7 +122,7 @@ def depthwise_backward(
     if activation != "none":
         value = depthwise(x, weight, bias, *geometry) if output is None else output
         grad = activations.backward(grad, value, activation, activation_param)
-    grads = iter(())
+    grads: Iterator[Tensor] = iter(())
     if need_x or need_weight:
         grads = iter(_transformable_gradients(grad, x, weight, *geometry, need_x, need_weight))
     return (
@@ -154,7 +150,7 @@ def separable_backward(
     activation_param: float,
     *need: bool,
 ) -> Grads:
-    """Compute ``dsconv::separable_backward``; where it is differentiated itself, as a composition of the two stages."""
+    """Compute ``dsconv::separable_backward``; as a composition where it is differentiated itself."""
     tensors = (grad, x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, output)
     geometry = (stride, padding, dilation)
     if _is_plain(*tensors):
@@ -271,14 +267,17 @@ class _Separable:
             None if pointwise_bias_t is None else _as_channels(pointwise_bias_t, middle),
             residual_t,
         )
-        if activation == "none" or tangent is None:
-            return tangent
+        if tangent is None:
+            return None
+        tangent = tangent.expand(x.size(0), pointwise_weight.size(0), *middle.shape[2:])
+        if activation == "none":
+            return tangent.clone()
         value = pointwise(middle, pointwise_weight, pointwise_bias, residual) if output is None else output
-        return activations.backward(tangent.expand_as(value), value, activation, parameter)
+        return activations.backward(tangent, value, activation, parameter)
 
 
 class _Gradients:
-    """The gradients of a depthwise convolution for x and weight (those that are needed): bilinear in grad and the other."""
+    """The needed gradients of a depthwise convolution for x and weight: bilinear in grad and the other."""
 
     tensors = 3
 
@@ -325,8 +324,11 @@ def _gradient(grad: Any, x: Any, weight: Any, geometry: Sequence[Any], index: in
     """Gradient for x (index 0) or weight (index 1); None where a factor of it is zero."""
     if grad is None or x is None or weight is None:
         return None
-    need = (index == 0, index == 1, False)
-    return depthwise_backward(grad, x, weight, None, None, *geometry, "none", 0.0, *need)[index]
+    stride, padding, dilation = geometry
+    need_x = index == 0
+    return depthwise_backward(
+        grad, x, weight, None, None, stride, padding, dilation, "none", 0.0, need_x, not need_x, False
+    )[index]
 
 
 def _depthwise_tangent(
@@ -381,7 +383,7 @@ def _fast_function(name: str, spec: Any) -> Callable[..., Any]:
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(_backward(spec))}
-    function = type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
     # Function.apply inspects functorch on every call; here no transform is active, so the C++ apply is enough.
     return super(torch.autograd.Function, function).apply
 
@@ -406,7 +408,7 @@ def _transformable_function(name: str, spec: Any) -> Callable[..., Any]:
         "backward": staticmethod(_backward(spec)),
         "jvp": staticmethod(jvp),
     }
-    function = type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
     return lambda *args: function.apply(*args[: spec.tensors], _Settings(args[spec.tensors :]))
 
 
@@ -429,13 +431,15 @@ def _differentiate(entry: Callable[..., Grads], tensors: int) -> Info:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases, so that the graph ends here; detached ones unless this result is to be differentiated again.
-            inputs = [
+            inputs: list[Any] = [
                 t if t is None else t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
                 for t in ctx.saved_tensors
             ]
             outputs = entry(*inputs, *ctx.settings)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:tensors]) if needed]
-        pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad
+        ]
         result: list[Tensor | None] = [None] * (tensors + len(ctx.settings))
         if pairs and wanted:
             found = torch.autograd.grad(
@@ -445,7 +449,7 @@ def _differentiate(entry: Callable[..., Grads], tensors: int) -> Info:
                 create_graph=create_graph,
                 allow_unused=True,
             )
-            for i, g in zip(wanted, found):
+            for i, g in zip(wanted, found, strict=True):
                 result[i] = g
         return tuple(result)
 

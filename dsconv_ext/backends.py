@@ -99,7 +99,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     1
     """
     global _record
-    _record = recorded = []
+    recorded: list[Call] = []
+    _record = recorded
     torch.ops.dsconv.explain_begin()
     try:
         fn(*args, **kwargs)
@@ -107,9 +108,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         _record = None
         rows = json.loads(torch.ops.dsconv.explain_end())
     compiled = [
-        Call(
-            row["op"], row["pass"], row["problem"], row["chosen"], tuple(Candidate(**c) for c in row["candidates"])
-        )
+        Call(row["op"], row["pass"], row["problem"], row["chosen"], tuple(Candidate(**c) for c in row["candidates"]))
         for row in rows
     ]
     calls = tuple(compiled + recorded)
@@ -142,7 +141,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: T
 
 def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Pad explicitly by what is not symmetric; return the symmetric rest for the convolution."""
-    common = [min(lo, hi) for lo, hi in zip(padding[::2], padding[1::2])]
+    common = [min(lo, hi) for lo, hi in zip(padding[::2], padding[1::2], strict=True)]
     extra = [p - common[i // 2] for i, p in enumerate(padding)]
     # F.pad counts from the last dimension.
     order = [extra[2 * i + side] for i in reversed(range(len(common))) for side in (0, 1)]
@@ -169,7 +168,7 @@ def _convolve_backward(
     grads = torch.ops.aten.convolution_backward(
         grad, padded, weight, [weight.size(0)], stride, common, dilation, False, [0] * len(common), x.size(1), need
     )
-    grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need))
+    grad_x, grad_weight, grad_bias = (g if n else None for g, n in zip(grads, need, strict=True))
     if grad_x is not None:
         for i, size in enumerate(x.shape[2:]):
             grad_x = grad_x.narrow(i + 2, padding[2 * i] - common[i], size)
@@ -285,7 +284,7 @@ def _separable_backward(
         grads = torch.ops.aten.convolution_backward(
             grad, middle, pointwise_weight, [grad.size(1)], ones, zeros, ones, False, zeros, 1, need
         )
-    grad_middle, grad_pointwise, grad_pointwise_bias = (g if n else None for g, n in zip(grads, need))
+    grad_middle, grad_pointwise, grad_pointwise_bias = (g if n else None for g, n in zip(grads, need, strict=True))
     grad_depthwise: list[Tensor | None] = [None] * 3
     if grad_middle is not None:
         value = middle if activations.from_output(mid_activation, mid_param) else middle_pre
@@ -299,7 +298,7 @@ def _separable_backward(
         None if grad_pointwise is None else _like_weight(grad_pointwise, pointwise_weight),
         grad_depthwise_bias,
         grad_pointwise_bias,
-        like_output(grad, x).clone() if need_residual else None,
+        like_output(grad.clone(), x) if need_residual else None,
     )
 
 

@@ -31,21 +31,25 @@ def check_depthwise(
     `x` is [N, C, *spatial], `weight` [C*m, 1, *kernel], `bias` [C*m] or None.
     """
     _check_tensor(function, "x", x, None, nd + 2)
-    _check_tensor(function, weight_name, weight, x, nd + 2)
     if x.dtype not in DTYPES:
         raise TypeError(f"{function}: x: got dtype {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    _check_tensor(function, weight_name, weight, x, nd + 2)
+    if any(size < 1 for size in x.shape[1:]):
+        raise ValueError(f"{function}: x: got shape {_shape(x)}, expected no zero but for the batch")
     channels, outputs = x.size(1), weight.size(0)
-    if weight.size(1) != 1 or (outputs % channels if channels else outputs):
+    if weight.size(1) != 1 or outputs < 1 or outputs % channels:
         raise ValueError(
-            f"{function}: {weight_name}: got shape {_shape(weight)}, expected [C*m, 1, ...] for x with C = {channels} channels"
+            f"{function}: {weight_name}: got shape {_shape(weight)}, expected [C*m, 1, ...] for the C = {channels} of x"
         )
     _check_bias(function, bias_name, bias, x, outputs)
     kernel = weight.shape[2:]
     if any(k < 1 for k in kernel):
-        raise ValueError(f"{function}: {weight_name}: got shape {_shape(weight)}, expected a kernel of at least one tap")
+        raise ValueError(
+            f"{function}: {weight_name}: got shape {_shape(weight)}, expected a kernel of at least one tap"
+        )
     if any(size < 1 for size in output_size(x.shape[2:], kernel, stride, padding, dilation)):
         padded = [s + padding[2 * i] + padding[2 * i + 1] for i, s in enumerate(x.shape[2:])]
-        extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+        extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
         raise ValueError(
             f"{function}: x: got padded spatial size {padded}, expected at least the kernel's extent {extent}: "
             "kernel size can't be greater than actual input size"

@@ -17,8 +17,8 @@ from .ops import cast_inputs
 Activation = str | tuple[str, float]
 FUSE = ("auto", "always", "never")
 
-_depthwise_op = autograd.depthwise
-_separable_op = autograd.separable
+_depthwise_op: Any = autograd.depthwise
+_separable_op: Any = autograd.separable
 _is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -87,8 +87,8 @@ def depthwise_conv2d(
     padding : int, (int, int), ((top, bottom), (left, right)), "valid" or "same"
         Zeros around the input; "same" needs stride 1.
     activation : str or (str, float)
-        none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh, elu; or a pair with the
-        slope of leaky_relu (0.01 by default) or the alpha of elu (1.0).
+        none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh, elu; or a pair with
+        the slope of leaky_relu (0.01 by default) or the alpha of elu (1.0).
 
     Returns
     -------
@@ -242,8 +242,8 @@ def separable_conv2d(
     residual : Tensor, optional
         Added before the last activation; has the shape of the output.
     fuse : {"auto", "always", "never"}
-        Whether one pass computes both, so that the depthwise map does not travel through memory: as the planner estimates,
-        wherever a kernel exists for it, or not at all.
+        Whether one pass computes both, so that the depthwise map does not travel through memory: as the planner
+        estimates, wherever a kernel exists for it, or not at all.
 
     Returns
     -------
@@ -257,8 +257,8 @@ def separable_conv2d(
 
     Notes
     -----
-    In half precision the depthwise value is rounded to the dtype of `x` once, after the mid activation. The backward pass
-    computes the depthwise map anew: what is saved are the inputs, and the output where an activation needs it.
+    In half precision the depthwise value is rounded to the dtype of `x` once, after the mid activation. The backward
+    pass computes the depthwise map anew: what is saved are the inputs, and the output where an activation needs it.
 
     References
     ----------
@@ -423,7 +423,7 @@ def _depthwise(
 
 def _separable(
     nd: int,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     stride: Any,
     padding: Any,
     dilation: Any,

@@ -1,4 +1,4 @@
-"""Stride, padding and dilation in the form the operators take, the sizes that follow, and the layout rule of outputs."""
+"""Stride, padding and dilation as the operators take them, the sizes that follow, and the layout rule of outputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _padding(padding: Any, nd: int, stride: Sequence[int], dilation: Sequence[in
             raise ValueError(f"padding: got {padding!r}, expected 'valid', 'same' or numbers")
         if any(s != 1 for s in stride):
             raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, expected stride 1 for 'same'")
-        total = [d * (k - 1) for d, k in zip(dilation, (shape or ())[2:])]
+        total = [d * (k - 1) for d, k in zip(dilation, (shape or ())[2:], strict=False)]
         return tuple(side for t in total for side in (t // 2, t - t // 2))
     if isinstance(padding, (tuple, list)) and len(padding) == nd and any(isinstance(p, (tuple, list)) for p in padding):
         return tuple(side for pair in padding for side in _per_dimension("padding", pair, 2, 0))
@@ -89,15 +89,24 @@ def is_channels_last(x: Tensor) -> bool:
     return bool(x.size(1) > 1 and x.stride(1) == 1)
 
 
+def _output_strides(x: Tensor, size: Sequence[int]) -> list[int]:
+    """Strides of an output of the operator whose input is `x`: a size of 0 counts as 1, as everywhere in torch."""
+    order = [1, *range(len(size) - 1, 1, -1), 0] if is_channels_last(x) else range(len(size) - 1, -1, -1)
+    strides: list[Any] = [0] * len(size)
+    step: Any = 1
+    for dim in order:
+        strides[dim] = step
+        step = step * torch.sym_max(size[dim], 1)
+    return strides
+
+
 def empty_output(x: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
     """Make an uninitialised output of the operator whose input is `x`, in the layout of the rule."""
-    if is_channels_last(x):
-        return x.new_empty([x.size(0), *spatial, channels]).movedim(-1, 1)
-    return x.new_empty([x.size(0), channels, *spatial])
+    size = [x.size(0), channels, *spatial]
+    return x.new_empty_strided(size, _output_strides(x, size))
 
 
 def like_output(value: Tensor, x: Tensor) -> Tensor:
-    """Bring `value` into the layout of an output of the operator whose input is `x`; no copy where it has it already."""
-    if is_channels_last(x):
-        return value.movedim(1, -1).contiguous().movedim(-1, 1)
-    return value.contiguous()
+    """Bring `value` into the layout of an output of the operator whose input is `x`; a copy only if need be."""
+    dense = value.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else value.contiguous()
+    return dense.as_strided(dense.shape, _output_strides(x, dense.shape))  # which differ where a size is 1 at most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ class _PackedWeights(nn.Module):
     def repack(self) -> None:
         """Forget the packed weights: the next forward makes them anew.
 
-        Needed only after a write to a parameter that PyTorch does not track, such as ``weight.data.mul_(2)``, between two
-        forwards without grad mode.
+        Needed only after a write to a parameter that PyTorch does not track, such as ``weight.data.mul_(2)``, between
+        two forwards without grad mode.
         """
         self._packed = None
 
@@ -54,8 +54,10 @@ class _PackedWeights(nn.Module):
             return None
         if _is_compiling() or _functorch_level() is not None:
             return None
-        key = _identity(depthwise) if pointwise is None else _identity(depthwise) + _identity(pointwise)
         packed = self._packed
+        if packed is not None and packed.tensor is None:
+            return None
+        key = _identity(depthwise) if pointwise is None else _identity(depthwise) + _identity(pointwise)
         if packed is None or packed.key != key:
             packed = self._packed = _pack(key, depthwise, pointwise)
         return packed.tensor
@@ -90,16 +92,8 @@ def _pack(key: tuple[Any, ...], depthwise: Tensor, pointwise: Tensor | None) -> 
     return _Packed(key, weights, tensor if tensor is not None and tensor.numel() else None)
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    """Like getattr, without the cost of nn.Module.__getattr__ where the parameter is a plain one."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 def _pad(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
-    """Pad as the padding mode says; return also the padding that is left to the operator."""
-    if conv.padding_mode == "zeros":
-        return x, conv.padding
+    """Pad as the padding mode says, which is not "zeros"; return also the padding that is left to the operator."""
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
 
 
@@ -180,11 +174,16 @@ class _DepthwiseConv(_PackedWeights):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`: [N, C, *spatial] or [C, *spatial]."""
-        return self._conv_forward(x, _parameter(self, "weight"), _parameter(self, "bias"))
+        parameters: dict[str, Any] = self._parameters
+        if "weight" in parameters and "bias" in parameters:  # saves two calls of nn.Module.__getattr__
+            return self._conv_forward(x, parameters["weight"], parameters["bias"])
+        return self._conv_forward(x, cast(Tensor, self.weight), cast(Tensor, self.bias))
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packed = self._packed_weights(weight)
-        x, padding = _pad(self, x)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = _pad(self, x)
         return functional._depthwise(self._nd, x, weight, bias, self.stride, padding, self.dilation, "none", packed)
 
 
@@ -373,8 +372,8 @@ class _DepthwiseSeparableConv(_PackedWeights):
 
     def reset_parameters(self) -> None:
         """Initialise both convolutions as nn.Conv2d does."""
-        self.depthwise.reset_parameters()
-        self.pointwise.reset_parameters()
+        for convolution in self.children():
+            convolution.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         names = ("mid_activation", "activation")
@@ -391,7 +390,9 @@ class _DepthwiseSeparableConv(_PackedWeights):
             return activations.forward(y, *activations.parse(self.activation))
         first, second = depthwise._parameters, pointwise._parameters
         packed = self._packed_weights(first["weight"], second["weight"])
-        x, padding = _pad(depthwise, x)
+        padding = depthwise.padding
+        if depthwise.padding_mode != "zeros":
+            x, padding = _pad(depthwise, x)
         return functional._separable(
             self._nd,
             (x, first["weight"], second["weight"], first["bias"], second["bias"], residual),
@@ -409,18 +410,14 @@ class _DepthwiseSeparableConv(_PackedWeights):
         return (
             type(depthwise) is _DEPTHWISE[self._nd]
             and type(pointwise) is _CONV[self._nd]
-            and not (
-                depthwise._forward_hooks
-                or depthwise._forward_pre_hooks
-                or depthwise._backward_hooks
-                or depthwise._backward_pre_hooks
-                or pointwise._forward_hooks
-                or pointwise._forward_pre_hooks
-                or pointwise._backward_hooks
-                or pointwise._backward_pre_hooks
-                or _has_any_global_hook()
-            )
+            and not (_has_hooks(depthwise) or _has_hooks(pointwise) or _has_any_global_hook())
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class DepthwiseSeparableConv1d(_DepthwiseSeparableConv):
@@ -495,3 +492,178 @@ def _fold(function: str, argument: str, conv: Any, bn: Any) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )
+
+
+class DepthwiseSeparableBlock2d(nn.Module):
+    """Block of MobileNetV1: depthwise, BatchNorm, activation, 1x1 convolution, BatchNorm, activation.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and K.
+    kernel_size, stride, padding, dilation, depth_multiplier
+        As in `DepthwiseSeparableConv2d`; neither convolution has a bias.
+    mid_activation, activation : str or (str, float)
+        After the first and the second BatchNorm.
+    device, dtype
+        As in nn.Conv2d.
+
+    Attributes
+    ----------
+    depthwise, depthwise_bn, pointwise, pointwise_bn : DepthwiseConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d
+
+    Notes
+    -----
+    Input [N, C, H, W], output [N, K, Ho, Wo]. With both BatchNorms in eval mode they are folded into the convolutions
+    in every forward, differentiably, and one operator computes the block; batch statistics need the whole depthwise map,
+    so in training mode (or if a child has hooks or was replaced) the children run one after the other.
+
+    References
+    ----------
+    A. Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications", 2017.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dsconv_ext.nn import DepthwiseSeparableBlock2d
+    >>> block = DepthwiseSeparableBlock2d(8, 16, 3, stride=2, padding=1)
+    >>> block(torch.randn(2, 8, 10, 10)).shape
+    torch.Size([2, 16, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        depth_multiplier: int = 1,
+        mid_activation: Activation = "relu6",
+        activation: Activation = "relu6",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("mid_activation", mid_activation), ("activation", activation)):
+            activations.parse(value, f"{type(self).__name__}: {name}")
+        middle = in_channels * depth_multiplier
+        factory = {"device": device, "dtype": dtype}
+        self.depthwise = DepthwiseConv2d(
+            in_channels, middle, kernel_size, stride, padding, dilation, bias=False, **factory
+        )
+        self.depthwise_bn = nn.BatchNorm2d(middle, **factory)
+        self.pointwise = nn.Conv2d(middle, out_channels, 1, bias=False, **factory)
+        self.pointwise_bn = nn.BatchNorm2d(out_channels, **factory)
+        self.mid_activation = mid_activation
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        return f"mid_activation={self.mid_activation!r}, activation={self.activation!r}"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute the block; `residual`, [N, K, Ho, Wo], is added before the last activation."""
+        if not self._is_foldable():
+            middle = self.depthwise_bn(self.depthwise(x))
+            y = self.pointwise_bn(self.pointwise(activations.forward(middle, *activations.parse(self.mid_activation))))
+            y = y if residual is None else y + residual
+            return activations.forward(y, *activations.parse(self.activation))
+        depthwise_weight, depthwise_bias = _folded(self.depthwise, self.depthwise_bn)
+        pointwise_weight, pointwise_bias = _folded(self.pointwise, self.pointwise_bn)
+        return functional.separable_conv2d(
+            x,
+            depthwise_weight,
+            pointwise_weight,
+            depthwise_bias,
+            pointwise_bias,
+            self.depthwise.stride,
+            self.depthwise.padding,
+            self.depthwise.dilation,
+            mid_activation=self.mid_activation,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def _is_foldable(self) -> bool:
+        children = list(self.children())
+        return (
+            not _has_any_global_hook()
+            and [type(child) for child in children] == [DepthwiseConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]
+            and not any(bn.training or bn.running_mean is None or bn.weight is None for bn in children[1::2])
+            and not any(conv.bias is not None for conv in children[::2])
+            and not any(_has_hooks(child) for child in children)
+        )
+
+
+class InvertedResidual(nn.Module):
+    """Block of MobileNetV2: 1x1 expansion, depthwise, 1x1 projection, each with BatchNorm, and the sum with the input.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        C and K.
+    kernel_size, stride, dilation
+        Of the depthwise convolution, which is padded by half of the kernel's extent. The input is added to the output
+        if the stride is 1 and C = K.
+    expand_ratio : int
+        The depthwise convolution has C * expand_ratio channels; there is no expansion if it is 1.
+    activation : str or (str, float)
+        After the expansion and the depthwise convolution; the projection is linear.
+    device, dtype
+        As in nn.Conv2d.
+
+    Notes
+    -----
+    Input [N, C, H, W], output [N, K, Ho, Wo]. The last two convolutions are a `DepthwiseSeparableBlock2d`.
+
+    References
+    ----------
+    M. Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dsconv_ext.nn import InvertedResidual
+    >>> InvertedResidual(8, 8)(torch.randn(2, 8, 10, 10)).shape
+    torch.Size([2, 8, 10, 10])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        expand_ratio: int = 6,
+        activation: Activation = "relu6",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        middle = in_channels * expand_ratio
+        self.activation = activation
+        self.has_residual = stride == 1 and in_channels == out_channels
+        self.expand: nn.Module | None = None
+        if expand_ratio != 1:
+            convolution = nn.Conv2d(in_channels, middle, 1, bias=False, **factory)
+            self.expand = nn.Sequential(convolution, nn.BatchNorm2d(middle, **factory))
+        padding = dilation * (kernel_size - 1) // 2
+        self.block = DepthwiseSeparableBlock2d(
+            middle, out_channels, kernel_size, stride, padding, dilation, 1, activation, "none", **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block."""
+        expanded = x
+        if self.expand is not None:
+            expanded = activations.forward(self.expand(x), *activations.parse(self.activation))
+        return self.block(expanded, x if self.has_residual else None)
+
+
+def _folded(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `conv`, which has no bias, with `bn` in eval mode folded in, differentiably."""
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale

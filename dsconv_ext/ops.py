@@ -75,7 +75,7 @@ def _fake_backward(tensors: int, outputs: int) -> Callable[..., tuple[Tensor | N
         grad, x, *weights = args[: tensors - 1]
         need_x, *need = args[-outputs:]
         results = [empty_output(x, x.size(1), x.shape[2:]) if need_x else None]
-        results += [torch.empty_like(w) if n and w is not None else None for n, w in zip(need, weights)]
+        results += [torch.empty_like(w) if n and w is not None else None for n, w in zip(need, weights, strict=False)]
         if outputs == 6 and need[-1]:  # the residual, which is passed only where its values are read
             results[-1] = empty_output(x, grad.size(1), grad.shape[2:])
         return tuple(results)
@@ -120,7 +120,7 @@ def _vmap_rule(name: str, op: Callable[..., Any], batching: _Batching) -> Callab
         results = [op(*[None if t is None else t[i] for t in stacked], *rest) for i in range(size)]
         if forward:
             return torch.stack(results), 0
-        columns = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results))
+        columns = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
         return columns, tuple(None if column is None else 0 for column in columns)
 
     return rule
@@ -136,7 +136,7 @@ def _unfold(results: Any, dim_of: Callable[[int], int], size: int) -> tuple[Any,
     results = (results,) if single else results
     dims = tuple(None if r is None else dim_of(i) for i, r in enumerate(results))
     parts = tuple(
-        r if d is None else r.unflatten(d, (size, r.size(d) // size)) for r, d in zip(results, dims)
+        r if d is None else r.unflatten(d, (size, r.size(d) // size)) for r, d in zip(results, dims, strict=True)
     )
     return (parts[0], dims[0]) if single else (parts, dims)
 
@@ -152,7 +152,7 @@ def _register() -> torch.library.Library:
     if _loader.error is not None:
         _define(library)
     backends.register(library)
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "depthwise": _fake_depthwise,
         "depthwise_backward": _fake_backward(5, 3),
         "separable": _fake_separable,

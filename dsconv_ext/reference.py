@@ -1,14 +1,13 @@
 """The definitions in float64, written with loops over the taps: what every kernel is judged against.
 
-Nothing here calls a convolution of PyTorch, and everything is plain torch, so autograd differentiates it; the activations
-are PyTorch's, which fixes their derivatives at kinks.
+Nothing here calls a convolution of PyTorch, and everything is plain torch, so autograd differentiates it; the
+activations are PyTorch's, which fixes their derivatives at kinks.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,12 +84,11 @@ def depthwise(
     padded = padded.repeat_interleave(weight.size(0) // x.size(1), dim=1)
     out = [(padded.size(i + 2) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(nd)]
     y = padded.new_zeros([x.size(0), weight.size(0), *out])
-    for tap in itertools.product(*map(range, kernel)):
+    for index, tap in enumerate(itertools.product(*map(range, kernel))):
         window = tuple(
-            slice(u * dilation[i], u * dilation[i] + stride[i] * (out[i] - 1) + 1, stride[i])
-            for i, u in enumerate(tap)
+            slice(u * dilation[i], u * dilation[i] + stride[i] * (out[i] - 1) + 1, stride[i]) for i, u in enumerate(tap)
         )
-        y = y + padded[(slice(None), slice(None), *window)] * _per_channel(weight[(slice(None), 0, *tap)], nd)
+        y = y + padded[(slice(None), slice(None)) + window] * _per_channel(weight.flatten(1)[:, index], nd)
     if bias is not None:
         y = y + _per_channel(bias.double(), nd)
     return activation(y, act, act_param)

@@ -9,12 +9,12 @@ enough.
 import argparse
 import copy
 import platform
-import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from resource import RUSAGE_SELF, getrusage
 
 import timm
 import torch
@@ -186,23 +186,42 @@ def compare(variants: list[Variant], images: torch.Tensor) -> list[Agreement]:
     ]
 
 
+@dataclass
+class Timing:
+    """Samples of one variant in milliseconds, sorted, without those during which the system took a core away."""
+
+    samples: list[float]
+    disturbed: bool  # there were too few quiet samples, so all are kept
+
+    def quantile(self, fraction: float) -> float:
+        return self.samples[round(fraction * (len(self.samples) - 1))]
+
+
 @torch.inference_mode()
 def measure(
-    variants: list[Variant], images: torch.Tensor, rounds: int, on_round: Callable[[], None]
-) -> list[list[float]]:
-    """Milliseconds per call of every variant, sorted; all are timed in turn in every round, the order alternating."""
+    variants: list[Variant], images: torch.Tensor, rounds: int, seconds: float, on_round: Callable[[], None]
+) -> list[Timing]:
+    """Time all variants in turn in every round, the order alternating, until the rounds or the seconds are used up."""
     inputs = [variant.arrange(images) for variant in variants]
-    times: list[list[float]] = [[] for _ in variants]
+    series: list[list[tuple[float, bool]]] = [[] for _ in variants]
     order = list(range(len(variants)))
+    end = time.perf_counter() + seconds
     for round_number in range(-2, rounds):  # the first two warm up
+        if round_number > 0 and time.perf_counter() > end:
+            break
         for index in order:
-            start = time.perf_counter()
+            switches, start = getrusage(RUSAGE_SELF).ru_nivcsw, time.perf_counter()
             variants[index].model(inputs[index])
+            duration = (time.perf_counter() - start) * 1e3
             if round_number >= 0:
-                times[index].append((time.perf_counter() - start) * 1e3)
+                series[index].append((duration, getrusage(RUSAGE_SELF).ru_nivcsw > switches))
         order.reverse()
         on_round()
-    return [sorted(series) for series in times]
+    quiet = [sorted(duration for duration, disturbed in samples if not disturbed) for samples in series]
+    return [
+        Timing(kept, False) if 3 * len(kept) > len(samples) else Timing(sorted(d for d, _ in samples), True)
+        for kept, samples in zip(quiet, series, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -223,26 +242,27 @@ def check_network(name: str, options: argparse.Namespace, console: Console) -> b
     timed = images[:1].expand(options.batch, -1, -1, -1)
     with Progress(console=console) as progress:
         task = progress.add_task(f"timing {name}", total=options.rounds + 2)
-        times = measure(variants, timed, options.rounds, lambda: progress.advance(task))
-    medians = [statistics.median(series) for series in times]
+        timings = measure(variants, timed, options.rounds, options.seconds, lambda: progress.advance(task))
+        progress.update(task, completed=options.rounds + 2)
 
     weights = "pretrained" if pretrained else "random"
     table = Table(title=f"{name}, {weights} weights, batch {options.batch}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("form", no_wrap=True)
     for heading in ("put in", "error", "ms", "p20-p80", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, (variant, agreement, series) in enumerate(zip(variants, agreements, times, strict=True)):
-        low, high = series[len(series) // 5], series[-1 - len(series) // 5]
-        speedup = medians[variant.baseline] / medians[number]
+    for number, (variant, agreement, timing) in enumerate(zip(variants, agreements, timings, strict=True)):
+        speedup = timings[variant.baseline].quantile(0.5) / timing.quantile(0.5)
         table.add_row(
             f"{number} {variant.label}",
             str(variant.replaced or ""),
             f"{'' if agreement.passed else '[red]'}{agreement.error:.1e}{'' if agreement.same_top5 else ' top-5'}",
-            f"{medians[number]:.1f}",
-            f"{low:.1f}-{high:.1f}",
+            f"{timing.quantile(0.5):.1f}",
+            f"{timing.quantile(0.2):.1f}-{timing.quantile(0.8):.1f}",
             f"{speedup:.2f}x vs {variant.baseline}" if number else "",
         )
     console.print(table)
+    if any(timing.disturbed for timing in timings):
+        console.print("[yellow]other programs held the cores during most calls: these times mean little")
     passed = all(agreement.passed for agreement in agreements)
     for number, variant in enumerate(variants):
         if variant.replaced:
@@ -262,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1, help="images per timed call")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (4 if options.quick else 40)
+    options.seconds = 10 if options.quick else 60
 
     console = Console()
     console.print(

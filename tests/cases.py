@@ -10,15 +10,15 @@ Grammar::
     m           depth multiplier, 1 where absent
     o           output channels of the pointwise convolution (sep only)
     layout      nchw nhwc (contiguous in that order, whatever the rank)
-                sliced nhwc_sliced (a part of a larger tensor), expanded broadcast (stride 0 of the batch, of the channels)
+                sliced nhwc_sliced (a part of a larger tensor) expanded broadcast (stride 0 of batch, of channels)
                 transposed (last two dimensions) permuted (the batch innermost)
     dtype       fp64 fp32 bf16 fp16
     options     act=<activation> (after the operation) mid=<activation> (between the two, sep only),
                 <activation> is a name or name:parameter; bias=none|dw|pw|both; res (a residual, sep only);
                 fuse=auto|always|never (sep only)
 
-Examples: ``dw n2c37h13w11k3s2d1p1 nhwc bf16 act=relu6``, ``sep n2c37h13w11k3s2d1p1o24 nhwc bf16 mid=relu6 act=silu res``,
-``dw n1c16w33k31s1d1p15:15 nchw fp32``.
+Examples: ``dw n2c37h13w11k3s2d1p1 nhwc bf16 act=relu6``, ``dw n2c24w40k4s1d1p3:0 nchw bf16``,
+``sep n2c37h13w11k3s2d1p1o24 nhwc bf16 mid=relu6 act=silu res``.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ import re
 import zlib
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 import oracle
+import torch
 from tolerance import DTYPES
+from torch import Tensor
 
 LAYOUTS = ("nchw", "nhwc", "sliced", "nhwc_sliced", "expanded", "broadcast", "transposed", "permuted")
 CHANNELS = (1, 7, 8, 15, 16, 17, 24, 37, 96)
@@ -203,8 +202,8 @@ class Case:
         """The tensors of the problem: small integers, or random numbers that float32 holds.
 
         Integers are bounded so that the depthwise values of a separable problem fit bfloat16's 8 bits; where nothing is
-        rounded on the way every second channel is larger, to show an accumulator that is too short. ``x`` has the case's
-        layout, the residual the output's, and around every tensor lies a band of NaN.
+        rounded on the way every second channel is larger, to show an accumulator that is too short. ``x`` has the
+        case's layout, the residual the output's, and around every tensor lies a band of NaN.
         """
         generator = self.generator("integer" if integer else "random")
         bound = max(1, min(2, 250 // math.prod(self.kernel)))
@@ -323,7 +322,7 @@ class Deck:
 
 
 def generate(family: str, count: int, seed: int = 0, budget: int = 1_500_000) -> list[Case]:
-    """``count`` random problems of a family, each within a ``budget`` of multiplications; the same for the same seed."""
+    """``count`` random problems of a family, each within a ``budget`` of multiplications; repeatable by ``seed``."""
     rng = random.Random(f"{family} {seed}")
     op, rank = family[:-2], int(family[-2])
     activations = [*oracle.ACTIVATIONS, "leaky_relu:0.25", "leaky_relu:-0.5", "elu:0.5", "elu:-0.5"]

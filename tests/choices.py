@@ -11,10 +11,11 @@ import torch
 import dsconv_ext  # noqa: F401 (defines the operators)
 
 
-def rows(*passes: str) -> list[dict]:
-    """The CPU rows of the kernel table that belong to any of ``passes``; all of them without ``passes``."""
+def rows(*passes: str, target: str = "cpu") -> list[dict]:
+    """The rows for ``target``, cpu or cuda, that belong to any of ``passes``; to any pass without ``passes``."""
     table = json.loads(torch.ops.dsconv.kernels())
-    return [row for row in table if row["target"] != "cuda" and (not passes or row["pass"] in passes)]
+    chosen = [row for row in table if not passes or row["pass"] in passes]
+    return [row for row in chosen if (row["target"] == "cuda") == (target == "cuda")]
 
 
 @contextmanager

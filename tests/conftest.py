@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
-import cases
 from dsconv_ext import _loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", chosen, ids=str)
         return
     usual = cases.sample(families, default)
-    rest = [case for family in cases.FAMILIES if family.startswith(families) for case in cases.generate(family, slow, 1)]
+    rest = [
+        case for family in cases.FAMILIES if family.startswith(families) for case in cases.generate(family, slow, 1)
+    ]
     more = [pytest.param(case, marks=pytest.mark.slow) for case in rest]
     metafunc.parametrize("case", [*usual, *more], ids=lambda case: str(case))
 
@@ -64,7 +66,9 @@ def python():
 
     def run(program: str, **environment: str) -> str:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), **environment}
-        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

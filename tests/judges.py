@@ -1,4 +1,4 @@
-"""The first two judges: exact equality on small integers, and random data against float64 with PyTorch as the yardstick."""
+"""The first two judges: exact equality on small integers; random data against float64, PyTorch as the yardstick."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import oracle
 import torch
+from cases import GUARD, Case
+from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
 from torch import Tensor
 
-import oracle
-from cases import GUARD, Case
 from dsconv_ext import functional
-from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
 
 Function = Callable[[Case, dict[str, Tensor]], Tensor]
 

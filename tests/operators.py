@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import oracle
 import torch
+from cases import parse_activation
 from torch import Tensor
 
 import dsconv_ext  # noqa: F401 (defines the operators)
-import oracle
-from cases import parse_activation
 
 ops = torch.ops.dsconv
 READ_OFF_OUTPUT = ("relu", "relu6", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu")
@@ -32,7 +32,9 @@ def depthwise_backward(g, x, weight, bias, activation: str = "none", where=None,
     return ops.depthwise_backward(g, x, weight, bias, output, *where, *chosen, *needs)
 
 
-def separable(x, dw, pw, dw_bias, pw_bias, residual, mid: str = "none", activation: str = "none", where=None, fuse="auto"):
+def separable(
+    x, dw, pw, dw_bias, pw_bias, residual, mid: str = "none", activation: str = "none", where=None, fuse="auto"
+):
     chosen = (*parse_activation(mid), *parse_activation(activation))
     return ops.separable(x, dw, pw, dw_bias, pw_bias, residual, *(where or geometry()), *chosen, fuse, None)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import choices
 import pytest
 import torch
-
-import choices
 from cases import Case
 from judges import check
 
@@ -16,7 +15,7 @@ ISAS = ("portable", "avx2", "avx512")
 
 
 def row_parameters(*passes: str) -> list:
-    """The CPU rows of ``passes`` (all without) as test parameters; what this machine cannot run is skipped with its reason."""
+    """The CPU rows of ``passes`` (all without) as test parameters; what cannot run here is skipped with its reason."""
     allowed = json.loads(torch.ops.dsconv.build_info()).get("cpu_isa_found", "portable")
     parameters = []
     for row in choices.rows(*passes):

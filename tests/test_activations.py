@@ -2,14 +2,14 @@
 
 import math
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from cases import Case, parse_activation
-from dsconv_ext import functional as F
 from judges import check, spelled
 from tolerance import DTYPES
+
+from dsconv_ext import functional as F
 
 ACTIVATIONS = [*oracle.ACTIVATIONS, "leaky_relu:0.3", "leaky_relu:-0.2", "leaky_relu:0", "elu:0.4", "elu:-0.4", "elu:0"]
 PLACES = (
@@ -47,36 +47,46 @@ def test_values_and_gradients(place, activation, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("place", ["depthwise", "mid", "output"])
 def test_values_at_special_points(place, activation, dtype):
-    """NaN stays NaN, and infinities, zeros and kinks give what ATen gives."""
+    """NaN stays NaN, and infinities, zeros and kinks give what ATen gives in float64 (its vectors differ there)."""
     x = torch.tensor(KINKS, dtype=DTYPES[dtype]).repeat(3)
-    y, reference = through(place, x, activation), expected(x, activation)
-    assert torch.equal(y.isnan(), reference.isnan())
+    y, reference = through(place, x, activation), expected(x.double(), activation).to(x.dtype)
     torch.testing.assert_close(y, reference, equal_nan=True, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-6)
+
+
+def derivative(x, g, function):
+    leaf = x.clone().requires_grad_()
+    function(leaf).backward(g)
+    return leaf.grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", PIECEWISE)
 @pytest.mark.parametrize("place", ["depthwise", "mid", "output"])
 def test_derivatives_at_kinks(place, activation, dtype):
-    """At a kink the derivative is ATen's choice, and a NaN before the activation gets ATen's too."""
+    """At a kink the derivative is ATen's choice; at NaN, where ATen's vectors and scalars differ, one of the two."""
     x = torch.tensor(KINKS, dtype=DTYPES[dtype]).repeat(3)
     g = torch.linspace(0.5, 2, len(x)).to(x.dtype)
-    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    through(place, ours, activation).backward(g)
-    expected(theirs, activation).backward(g)
-    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-6)
+    ours = derivative(x, g, lambda t: through(place, t, activation))
+    vectors = derivative(x.repeat(64), g.repeat(64), lambda t: expected(t, activation))[: len(x)]
+    scalars = torch.stack([derivative(t, s, lambda u: expected(u, activation)) for t, s in zip(x, g, strict=True)])
+    options = {"equal_nan": True, "rtol": 4 * torch.finfo(x.dtype).eps, "atol": 1e-6}
+    agree = torch.isclose(ours, vectors, **options) | torch.isclose(ours, scalars, **options)
+    assert bool(agree.all()), (
+        f"at {x[~agree].tolist()}: {ours[~agree]}, ATen has {vectors[~agree]} or {scalars[~agree]}"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_far_out(activation, dtype):
-    """Where the activation saturates nothing overflows: the derivative stays finite and is ATen's."""
+    """Where the activation saturates nothing overflows: the derivative is ATen's, up to the rounding of the output."""
     x = torch.tensor([-200.0, -100.0, -50.0, -20.0, 20.0, 50.0, 100.0, 200.0], dtype=DTYPES[dtype])
+    eps = torch.finfo(x.dtype).eps
     for place in ("depthwise", "mid", "output"):
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
         through(place, ours, activation).backward(torch.ones_like(x))
         expected(theirs, activation).backward(torch.ones_like(x))
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=4 * torch.finfo(x.dtype).eps, atol=1e-5)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=4 * eps, atol=max(1e-5, eps / 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

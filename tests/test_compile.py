@@ -1,14 +1,14 @@
 """Fake kernels, torch.compile, torch.export and the meta device."""
 
-import pytest
-import torch
-
 import cases
 import operators
+import pytest
+import torch
 from cases import Case
+from judges import subject
+
 from dsconv_ext import functional as F
 from dsconv_ext import nn
-from judges import subject
 
 FULL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("nchw", "nhwc", "sliced", "nhwc_sliced", "transposed", "permuted")
@@ -51,7 +51,9 @@ def test_opcheck_forward(op, layout, activation):
 @pytest.mark.parametrize("op", ["dw", "sep"])
 def test_opcheck_backward(op, layout, activation):
     function = operators.ops.depthwise_backward.default if op == "dw" else operators.ops.separable_backward.default
-    torch.library.opcheck(function, backward_arguments(op, layout, activation), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        function, backward_arguments(op, layout, activation), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -91,7 +93,9 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.DepthwiseConv2d(8, 8, 3, padding=1)
-        self.second = nn.DepthwiseSeparableConv2d(8, 12, 3, stride=2, padding=1, mid_activation="relu6", activation="silu")
+        self.second = nn.DepthwiseSeparableConv2d(
+            8, 12, 3, stride=2, padding=1, mid_activation="relu6", activation="silu"
+        )
 
     def forward(self, x):
         return self.second(self.first(x) + x)

@@ -1,7 +1,6 @@
 """Depthwise convolution, forward and backward, by both judges: as chosen, and through every row of the kernel table."""
 
 import pytest
-
 from cases import sample
 from judges import check_accuracy, check_exact
 from row_tests import check_row, row_parameters

@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-
 from cases import Case
 from judges import evaluate, subject
 

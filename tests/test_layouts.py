@@ -1,14 +1,14 @@
 """Memory layouts: which inputs are accepted, which strides come out, and that every element of an output is written."""
 
-import pytest
-import torch
-
 import cases
 import oracle
+import pytest
+import torch
 from cases import Case
-from dsconv_ext import functional as F
-from judges import check, check_exact, composition, evaluate, subject
+from judges import check, check_exact, check_layout, composition, evaluate, subject
 from tolerance import assert_equal
+
+from dsconv_ext import functional as F
 
 LINES = (
     "dw n2c17w13k3s1d1p1 {} {} act=relu",
@@ -83,7 +83,9 @@ def test_unbatched(line):
     case = Case.parse(line)
 
     def unbatched(case, tensors):
-        return subject(case, {n: t.squeeze(0) if n in ("x", "residual") else t for n, t in tensors.items()}).unsqueeze(0)
+        return subject(case, {n: t.squeeze(0) if n in ("x", "residual") else t for n, t in tensors.items()}).unsqueeze(
+            0
+        )
 
     check(case, unbatched)
     tensors = case.inputs(integer=True)
@@ -95,7 +97,9 @@ def test_unbatched(line):
 
 @pytest.mark.parametrize("arrange", ["nchw", "nhwc", "sliced", "transposed", "permuted", "expanded"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("line", ["dw n2c8h6w6k3s1d1p1 {} fp32 act=relu", "sep n2c8h6w6k3s1d1p1o7 {} bf16 mid=relu act=relu res"])
+@pytest.mark.parametrize(
+    "line", ["dw n2c8h6w6k3s1d1p1 {} fp32 act=relu", "sep n2c8h6w6k3s1d1p1o7 {} bf16 mid=relu act=relu res"]
+)
 def test_upstream_gradients_of_every_layout(line, layout, arrange):
     case = Case.parse(line.format(layout))
     tensors = case.inputs(integer=True)
@@ -107,6 +111,7 @@ def test_upstream_gradients_of_every_layout(line, layout, arrange):
     truth = evaluate(composition, case, {n: t.double() for n, t in tensors.items()}, g)
     for (name, value), (_, reference) in zip(ours.items(), truth.items(), strict=True):
         assert_equal(name, value, reference, f"{case} upstream {arrange}")
+    check_layout(case, tensors, ours)
 
 
 @pytest.mark.parametrize("line", ["dw n2c8h6w6k3s1d1p1 nhwc fp32", "sep n2c8h6w6k3s1d1p1o7 nchw fp32 res"])
@@ -123,7 +128,7 @@ def test_the_gradient_of_a_sum(line):
 @pytest.mark.parametrize("layout", ["nhwc", "sliced", "nhwc_sliced", "transposed", "permuted"])
 @pytest.mark.parametrize("line", ["dw n2c8h6w6k3s1d1p1 nchw fp32 act=relu", "sep n2c8h6w6k3s1d1p1o7 nhwc bf16 res"])
 def test_weights_and_residuals_of_every_layout(line, layout):
-    """Values do not depend on the layout of weights and residual; gradients follow the weight, the residual follows x."""
+    """Values do not depend on the layout of weights and residual; gradients follow the weights, the residual's x."""
     case = Case.parse(line)
 
     tensors = case.inputs(integer=True)

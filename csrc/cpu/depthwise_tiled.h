@@ -10,9 +10,8 @@
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-constexpr int64_t kTileElements =
-    96 * 1024 / 4;  // staged elements per tile: three to four rows stay in L1, the whole tile in L2
-constexpr int64_t kTaskFlops = 1 << 20;  // about 20 us of work: less is not worth a thread
+constexpr int64_t kTileElements = 24 * 1024;  // staged elements per tile: some rows stay in L1, the whole tile in L2
+constexpr int64_t kTaskFlops = 1 << 20;       // about 20 us of work: less is not worth a thread
 
 struct TilePlan {
   int64_t extent[3];  // of the positions that are produced
@@ -23,7 +22,7 @@ struct TilePlan {
 
 // The largest tile of `size` whose staged box fits; halo(dim, n) is the staged extent behind n positions.
 template <class Halo>
-DSCONV_INLINE TilePlan plan_tiles(const int64_t (&size)[3], int64_t budget, Halo halo) {
+DSCONV_INLINE TilePlan plan_tiles(const int64_t (&size)[3], int64_t budget, Halo halo, int64_t widest = INT64_MAX) {
   TilePlan plan{{1, 1, 1}, {}, 1, 1};
   for (int dim = 2; dim >= 0; --dim) {
     auto staged = [&](int64_t n) {
@@ -31,7 +30,7 @@ DSCONV_INLINE TilePlan plan_tiles(const int64_t (&size)[3], int64_t budget, Halo
       for (int other = 0; other < 3; ++other) positions *= halo(other, other == dim ? n : plan.extent[other]);
       return positions;
     };
-    int64_t n = size[dim];
+    int64_t n = dim == 2 ? min64(size[2], widest) : size[dim];
     while (n > 1 && staged(n) > budget) n = ceil_div(n, 2);
     const int64_t pieces = ceil_div(size[dim], n);
     plan.extent[dim] = ceil_div(size[dim], pieces);

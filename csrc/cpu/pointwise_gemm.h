@@ -8,16 +8,17 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kRowElements = 64 * 1024;  // A rows of one task: stay in L2 beside the panels
-constexpr int64_t kMaxTaskRows = 96;
+constexpr int64_t kMaxTaskRows = 192;
+constexpr int64_t kMaxTaskWidth = 32;  // several short rows share their halos where one long row would not
 
 DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
   return 2 * numel(p.batch, p.in_channels, p.size) * p.out_channels;
 }
 
-// Positions of one image as one task's rows of A: whole rows of the map where they fit, else pieces of one row.
+// Positions of one image as one task's rows of A.
 DSCONV_INLINE TilePlan plan_rows(const int64_t (&size)[3], int64_t depth) {
   const int64_t rows = max64(8, min64(kMaxTaskRows, kRowElements / depth));
-  return plan_tiles(size, rows, [](int, int64_t n) { return n; });
+  return plan_tiles(size, rows, [](int, int64_t n) { return n; }, kMaxTaskWidth);
 }
 // Row stride of A: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
 template <class T>
