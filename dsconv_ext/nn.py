@@ -515,8 +515,8 @@ class DepthwiseSeparableBlock2d(nn.Module):
     Notes
     -----
     Input [N, C, H, W], output [N, K, Ho, Wo]. With both BatchNorms in eval mode they are folded into the convolutions
-    in every forward, differentiably, and one operator computes the block; batch statistics need the whole depthwise map,
-    so in training mode (or if a child has hooks or was replaced) the children run one after the other.
+    in every forward, differentiably, and one operator computes the block; batch statistics need the whole depthwise
+    map, so in training mode (or if a child has hooks or was replaced) the children run one after the other.
 
     References
     ----------

@@ -161,6 +161,12 @@ class Case:
         return oracle.output_size(self.size, self.kernel, *self.geometry)
 
     @property
+    def outputs(self) -> int:
+        """Number of elements of the output."""
+        channels = self.out_channels or self.channels * self.multiplier
+        return self.batch * channels * math.prod(self.output_size)
+
+    @property
     def multiplications(self) -> int:
         inner = self.channels * self.multiplier
         per_pixel = inner * math.prod(self.kernel) + inner * self.out_channels
@@ -198,14 +204,14 @@ class Case:
     def generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.unfused()} {purpose}".encode()))
 
-    def inputs(self, integer: bool, device: str = "cpu") -> dict[str, Tensor]:
-        """The tensors of the problem: small integers, or random numbers that float32 holds.
+    def inputs(self, integer: bool, device: str = "cpu", draw: int = 0) -> dict[str, Tensor]:
+        """The tensors of the problem: small integers, or random numbers that float32 holds, others for each ``draw``.
 
         Integers are bounded so that the depthwise values of a separable problem fit bfloat16's 8 bits; where nothing is
         rounded on the way every second channel is larger, to show an accumulator that is too short. ``x`` has the
         case's layout, the residual the output's, and around every tensor lies a band of NaN.
         """
-        generator = self.generator("integer" if integer else "random")
+        generator = self.generator("integer" if integer else f"random {draw}")
         bound = max(1, min(2, 250 // math.prod(self.kernel)))
 
         def values(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -223,9 +229,9 @@ class Case:
         layouts = {"x": self.layout, "residual": "nhwc" if channels_last else "nchw"}
         return {name: arrange(t.to(device), layouts.get(name, "nchw")) for name, t in tensors.items()}
 
-    def upstream(self, y: Tensor, integer: bool) -> Tensor:
+    def upstream(self, y: Tensor, integer: bool, draw: int = 0) -> Tensor:
         """A random upstream gradient for the output ``y``, in ``y``'s layout."""
-        generator = self.generator("upstream")
+        generator = self.generator(f"upstream {draw}")
         if integer:
             g = torch.randint(-1, 2, y.shape, generator=generator).double()
         else:

@@ -75,7 +75,7 @@ print("passed", {len(lines)})
     assert printed == f"passed {len(lines)}\n" and len(lines) > 5
 
 
-def test_transforms_compile_and_modules_work_without_the_library(python):
+def test_transforms_and_modules_work_without_the_library(python):
     printed = python(
         IMPORT
         + """
@@ -84,14 +84,28 @@ from dsconv_ext import nn
 m = nn.DepthwiseSeparableConv2d(4, 6, 3, padding=1, mid_activation="silu", activation="relu").double()
 x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
 print(torch.autograd.gradcheck(m, (x,)), torch.autograd.gradgradcheck(m, (x,), fast_mode=True))
-print(torch.allclose(torch.compile(m, fullgraph=True, backend="aot_eager")(x), m(x)))
 print(torch.func.vmap(m)(torch.randn(3, 2, 4, 5, 5, dtype=torch.float64)).shape)
 with torch.no_grad():
     print(torch.equal(m.eval()(x), m(x)))
 """,
         **FALLBACK,
     )
-    assert printed.split() == ["True", "True", "True", "torch.Size([3,", "2,", "6,", "5,", "5])", "True"]
+    assert printed.split() == ["True", "True", "torch.Size([3,", "2,", "6,", "5,", "5])", "True"]
+
+
+@pytest.mark.slow
+def test_compile_works_without_the_library(python):
+    printed = python(
+        IMPORT
+        + """
+warnings.simplefilter("ignore")
+m = dsconv_ext.nn.DepthwiseSeparableConv2d(4, 6, 3, padding=1, mid_activation="silu", activation="relu")
+x = torch.randn(2, 4, 5, 5)
+print(torch.allclose(torch.compile(m, fullgraph=True, backend="aot_eager")(x), m(x)))
+""",
+        **FALLBACK,
+    )
+    assert printed == "True\n"
 
 
 def test_a_missing_library_is_one_sentence(python):

@@ -1,6 +1,7 @@
 """The kernel table, the choice and what is said about both."""
 
 import json
+import re
 
 import choices
 import pytest

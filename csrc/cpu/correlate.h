@@ -10,6 +10,8 @@ namespace dsconv::cpu::DSCONV_ISA {
 constexpr int kMaxPixels =
     8;  // accumulators of one block: 8 chains hide the FMA latency of two ports, and 16 registers hold them
 
+constexpr int64_t kChain = 64;  // longest chain of additions: partial sums keep longer sums in float32 accurate
+
 struct Tap {
   int64_t offset;  // in the tile, relative to the pixel
   int64_t weight;  // in the packed weights of the block
@@ -21,15 +23,20 @@ static void correlate_pixels(const T* tile, const T* weights, const Tap* taps, i
                              const T* bias, T* out) {
   constexpr int kB = kBlock<T>, kL = kLanes<T>;
   for (int v = 0; v < kB; v += kL) {
-    Vec<T> acc[kPixels];
-    for (int p = 0; p < kPixels; ++p) acc[p] = load(bias + v);
-    for (int64_t t = 0; t < count; ++t) {
-      const Vec<T> w = load(weights + taps[t].weight + v);
-      const T* source = tile + taps[t].offset + v;
+    for (int64_t first = 0; first == 0 || first < count; first += kChain) {
+      Vec<T> acc[kPixels];
+      for (int p = 0; p < kPixels; ++p) acc[p] = first == 0 ? load(bias + v) : splat(T(0));
+      for (int64_t t = first; t < min64(first + kChain, count); ++t) {
+        const Vec<T> w = load(weights + taps[t].weight + v);
+        const T* source = tile + taps[t].offset + v;
 #pragma GCC unroll 8
-      for (int p = 0; p < kPixels; ++p) acc[p] += load(source + p * step) * w;
+        for (int p = 0; p < kPixels; ++p) acc[p] += load(source + p * step) * w;
+      }
+      for (int p = 0; p < kPixels; ++p) {
+        T* target = out + p * kB + v;
+        store(target, first == 0 ? acc[p] : load(target) + acc[p]);
+      }
     }
-    for (int p = 0; p < kPixels; ++p) store(out + p * kB + v, acc[p]);
   }
 }
 

@@ -330,19 +330,32 @@ static void accumulate_taps(const T* x, const T* grad, const int64_t* offset, co
   for (int v = 0; v < kB; v += kL) {
     Vec<T> acc[kTaps];
     for (int t = 0; t < kTaps; ++t) acc[t] = splat(T(0));
+    int64_t chain = 0;
+    auto flush = [&] {
+      for (int t = 0; t < kTaps; ++t) {
+        store(sum + t * kB + v, load(sum + t * kB + v) + acc[t]);
+        acc[t] = splat(T(0));
+      }
+      chain = 0;
+    };
     const T* g = grad + v;
     for (int64_t z = 0; z < out.extent[0]; ++z) {
       for (int64_t y = 0; y < out.extent[1]; ++y) {
         const T* row = x + v + (z * w.stride[0] * in.extent[1] + y * w.stride[1]) * in.extent[2] * kB;
-        for (int64_t c = 0; c < out.extent[2]; ++c, g += kB) {
-          const Vec<T> gradient = load(g);
-          const T* pixel = row + c * w.stride[2] * kB;
+        for (int64_t first = 0; first < out.extent[2]; first += kChain) {
+          const int64_t last = min64(first + kChain, out.extent[2]);
+          if (chain + last - first > kChain) flush();
+          chain += last - first;
+          for (int64_t c = first; c < last; ++c, g += kB) {
+            const Vec<T> gradient = load(g);
+            const T* pixel = row + c * w.stride[2] * kB;
 #pragma GCC unroll 9
-          for (int t = 0; t < kTaps; ++t) acc[t] += load(pixel + offset[t]) * gradient;
+            for (int t = 0; t < kTaps; ++t) acc[t] += load(pixel + offset[t]) * gradient;
+          }
         }
       }
     }
-    for (int t = 0; t < kTaps; ++t) store(sum + t * kB + v, load(sum + t * kB + v) + acc[t]);
+    flush();
   }
 }
 
@@ -395,11 +408,14 @@ struct GradWeight {
       done += group;
     }
     if (p.grad_bias.data == nullptr) return;
-    T total[kBlock<T>] = {};
-    for (int64_t i = 0; i < product(out.extent); ++i) {
-      for (int l = 0; l < kBlock<T>; ++l) total[l] += grad[i * kBlock<T> + l];
+    const int64_t positions = product(out.extent);
+    for (int64_t first = 0; first < positions; first += kChain) {
+      T total[kBlock<T>] = {};
+      for (int64_t i = first; i < min64(first + kChain, positions); ++i) {
+        for (int l = 0; l < kBlock<T>; ++l) total[l] += grad[i * kBlock<T> + l];
+      }
+      for (int l = 0; l < kBlock<T>; ++l) sums[taps * kBlock<T> + l] += total[l];
     }
-    for (int l = 0; l < kBlock<T>; ++l) sums[taps * kBlock<T> + l] += total[l];
   }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {

@@ -138,14 +138,14 @@ struct Pointwise {
 template <class S>
 struct PointwiseGradWeight {
   using T = Compute<S>;
-  static constexpr int64_t kChunk = 256, kBlockRows = 48;
+  static constexpr int64_t kChunk = kChain, kBlockRows = 48;
 
   static TilePlan plan_of(const PointwiseProblem& p) {
     return plan_tiles(p.size, kChunk, [](int, int64_t n) { return n; });
   }
   static int64_t slot_bytes() {
     return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
-           2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<T>(kBlockRows);
+           2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows);
   }
   static size_t workspace_bytes(const PointwiseProblem&, int threads) { return kBlockBytes + threads * slot_bytes(); }
 
@@ -169,12 +169,12 @@ struct PointwiseGradWeight {
       T* rows = take<T>(own, kBlockRows * kChunk);
       T* chunk = take<T>(own, kBlockRows * kPanel<T>);
       T* total = take<T>(own, kBlockRows * kPanel<T>);
-      T* bias = take<T>(own, kBlockRows);
+      double* bias = take<double>(own, kBlockRows);
       for (; task < end; ++task) {
         const int64_t block = task % blocks, panel = task / blocks, k0 = block * kBlockRows, c0 = panel * kPanel<T>;
         const int64_t count = min64(kBlockRows, p.out_channels - k0), width = min64(kPanel<T>, p.in_channels - c0);
         memset(total, 0, kBlockRows * kPanel<T> * sizeof(T));
-        memset(bias, 0, kBlockRows * sizeof(T));
+        memset(bias, 0, kBlockRows * sizeof(double));
         for (int64_t piece = 0; piece < p.batch * plan.tiles; ++piece) {
           const int64_t image = piece / plan.tiles;
           const Box box = tile_box(plan, p.size, piece % plan.tiles);
@@ -182,7 +182,7 @@ struct PointwiseGradWeight {
           gather_columns(columns, kPanel<T>, p.a, image, c0, width, box);
           gather_columns(gathered, kBlockRows, p.grad, image, k0, count, box);
           for (int64_t k = 0; k < count; ++k) {
-            T sum = T(0);
+            double sum = 0;
             for (int64_t i = 0; i < positions; ++i) sum += rows[k * kChunk + i] = gathered[i * kBlockRows + k];
             bias[k] += sum;
           }
@@ -195,7 +195,7 @@ struct PointwiseGradWeight {
           for (int64_t c = 0; c < width; ++c) narrow(total[k * kPanel<T> + c], out + c * p.grad_weight.stride[1]);
         }
         for (int64_t k = 0; k < count && p.grad_bias.data && panel == 0; ++k) {
-          narrow(bias[k], static_cast<S*>(p.grad_bias.data) + (k0 + k) * p.grad_bias.stride[0]);
+          narrow(static_cast<T>(bias[k]), static_cast<S*>(p.grad_bias.data) + (k0 + k) * p.grad_bias.stride[0]);
         }
       }
     };

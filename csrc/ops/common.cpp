@@ -131,6 +131,7 @@ DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const 
     w.dilation[dim] = arguments.dilation[i];
     w.pad[dim] = arguments.padding[2 * i];
     const int64_t high = arguments.padding[2 * i + 1];
+    DSCONV_CHECK(w.in[dim] > 0, "x", "an empty spatial dimension", "at least one position");
     DSCONV_CHECK(w.taps[dim] > 0, "weight", "an empty kernel", "at least one tap in every dimension");
     DSCONV_CHECK(w.stride[dim] > 0, "stride", w.stride[dim], "at least 1");
     DSCONV_CHECK(w.dilation[dim] > 0, "dilation", w.dilation[dim], "at least 1");
@@ -160,6 +161,8 @@ static void parallel(int64_t count, void (*body)(void*, int64_t), void* context)
   });
 }
 
+constexpr size_t kSmallWorkspace = 16 << 10;
+
 template <class Problem>
 void launch(const Row& row, const Problem& problem, const Tensor& x) {
   const Kernel<Problem>& kernel = kernel_of<Problem>(row);
@@ -173,9 +176,10 @@ void launch(const Row& row, const Problem& problem, const Tensor& x) {
 #endif
   if (row.target != Target::cuda) runtime.threads = static_cast<int>(torch::stable::get_num_threads());
   const size_t bytes = kernel.workspace_bytes(problem, runtime.threads);
-  std::optional<Tensor> workspace;
-  if (bytes) workspace = empty_bytes(x, bytes);
-  kernel.launch(problem, runtime, bytes ? workspace->data_ptr() : nullptr);
+  alignas(64) char small[kSmallWorkspace];  // spares a small layer an allocation
+  std::optional<Tensor> large;
+  if (bytes > sizeof small || (bytes > 0 && row.target == Target::cuda)) large = empty_bytes(x, bytes);
+  kernel.launch(problem, runtime, large ? large->data_ptr() : small);
 }
 
 template void launch(const Row&, const DepthwiseProblem&, const Tensor&);

@@ -94,6 +94,27 @@ Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
   return y;
 }
 
+// grad masked by the derivative of `activation` at `saved`, into a new tensor.
+Tensor masked_gradient(const PointwiseProblem& pw, ActivationSpec activation, const Tensor& grad,
+                       const OptionalTensor& saved, const Tensor& x) {
+  Tensor masked = empty_output(x, pw.out_channels, spatial_of(x, pw.size));
+  DepthwiseProblem p{};
+  p.dtype = pw.dtype;
+  p.batch = pw.batch;
+  p.channels = pw.out_channels;
+  p.multiplier = 1;
+  p.activation = activation;
+  for (int dim = 0; dim < 3; ++dim) {
+    p.window.in[dim] = p.window.out[dim] = pw.size[dim];
+    p.window.taps[dim] = 1;
+  }
+  p.grad = view_of(grad);
+  p.saved = view_of(saved);
+  p.grad_x = view_of(masked);
+  run("separable_backward", Pass::mask, p, x);
+  return masked;
+}
+
 }  // namespace
 
 Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
@@ -142,6 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
   check_like("output", output, x, output_sizes(p, x));
   const PointwiseProblem& pw = p.pointwise;
 
+  need_depthwise_bias &= depthwise_bias.has_value();
+  need_pointwise_bias &= pointwise_bias.has_value();
+
   // The depthwise map after its activation, and what its derivative is read off; recomputed from x, never stored by the
   // forward.
   OptionalTensor map, mid_saved;
@@ -153,34 +177,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
   if (need_mid && mid.kind != Activation::none)
     mid_saved = mid_from_output ? map : depthwise_forward(kOp, p.depthwise, kNone, x);
 
-  // The gradient of the pre-activation of the output.
-  Tensor grad_z = grad;
-  if (last.kind != Activation::none) {
-    OptionalTensor saved = output;
-    if (recompute_last) {
-      PointwiseProblem again = pw;
-      again.a = view_of(map);
-      again.activation = kNone;
-      saved = pointwise_forward(again, x);
-    }
-    DSCONV_CHECK(saved.has_value(), "output", "None", "the forward's output, from which the derivative of ", activation,
-                 " is read");
-    grad_z = empty_output(x, pw.out_channels, spatial_of(x, pw.size));
-    DepthwiseProblem mask{};
-    mask.dtype = pw.dtype;
-    mask.batch = pw.batch;
-    mask.channels = pw.out_channels;
-    mask.multiplier = 1;
-    mask.activation = last;
-    for (int dim = 0; dim < 3; ++dim) {
-      mask.window.in[dim] = mask.window.out[dim] = pw.size[dim];
-      mask.window.taps[dim] = 1;
-    }
-    mask.grad = view_of(grad);
-    mask.saved = view_of(saved);
-    mask.grad_x = view_of(grad_z);
-    run(kOp, Pass::mask, mask, x);
+  OptionalTensor last_saved = output;
+  if (recompute_last) {
+    PointwiseProblem again = pw;
+    again.a = view_of(map);
+    again.activation = kNone;
+    last_saved = pointwise_forward(again, x);
   }
+  DSCONV_CHECK(last.kind == Activation::none || last_saved.has_value(), "output", "None",
+               "the forward's output, from which the derivative of ", activation, " is read");
+
+  // The gradient of the pre-activation of the output: also the residual's, so never the incoming tensor itself.
+  Tensor grad_z = grad;
+  if (last.kind != Activation::none || need_residual) grad_z = masked_gradient(pw, last, grad, last_saved, x);
 
   Tensor grad_pointwise_weight = undefined(), grad_pointwise_bias = undefined();
   if (need_pointwise_weight || need_pointwise_bias) {
@@ -216,10 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     g = depthwise_gradients(kOp, p.depthwise, grad_map, mid_saved, x, depthwise_weight, need_x, need_depthwise_weight,
                             need_depthwise_bias);
   }
-  // Without an activation the residual's gradient is the incoming one, which an operator may not return as it is.
-  Tensor grad_residual = undefined();
-  if (need_residual) grad_residual = last.kind == Activation::none ? torch::stable::clone(grad) : grad_z;
-  return {g.x, g.weight, grad_pointwise_weight, g.bias, grad_pointwise_bias, grad_residual};
+  return {g.x, g.weight, grad_pointwise_weight, g.bias, grad_pointwise_bias, need_residual ? grad_z : undefined()};
 }
 
 Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight) {
