@@ -29,10 +29,11 @@ import re
 import zlib
 from dataclasses import dataclass, replace
 
-import oracle
 import torch
-from tolerance import DTYPES
 from torch import Tensor
+
+import oracle
+from tolerance import DTYPES
 
 LAYOUTS = ("nchw", "nhwc", "sliced", "nhwc_sliced", "expanded", "broadcast", "transposed", "permuted")
 CHANNELS = (1, 7, 8, 15, 16, 17, 24, 37, 96)

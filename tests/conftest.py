@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 import torch
 
+import cases
 from dsconv_ext import _loader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import oracle
 import torch
-from cases import GUARD, Case
-from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
 from torch import Tensor
 
+import oracle
+from cases import GUARD, Case
 from dsconv_ext import functional
+from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
 
 ENOUGH_OUTPUTS = 1000
 Function = Callable[[Case, dict[str, Tensor]], Tensor]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import torch
-from cases import parse_activation
 from torch import Tensor
 
 import dsconv_ext  # noqa: F401 (defines the operators)
+import oracle
+from cases import parse_activation
 
 ops = torch.ops.dsconv
 READ_OFF_OUTPUT = ("relu", "relu6", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import choices
 import pytest
 import torch
+
+import choices
 from cases import Case
 from judges import check
 

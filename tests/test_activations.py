@@ -2,14 +2,14 @@
 
 import math
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from cases import Case, parse_activation
+from dsconv_ext import functional as F
 from judges import check, spelled
 from tolerance import DTYPES
-
-from dsconv_ext import functional as F
 
 ACTIVATIONS = [*oracle.ACTIVATIONS, "leaky_relu:0.3", "leaky_relu:-0.2", "leaky_relu:0", "elu:0.4", "elu:-0.4", "elu:0"]
 PLACES = (

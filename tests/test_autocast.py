@@ -1,9 +1,9 @@
 """Autocast: both operations are cast as convolutions are."""
 
-import operators
 import pytest
 import torch
 
+import operators
 from dsconv_ext import functional as F
 from dsconv_ext import nn
 

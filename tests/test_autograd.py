@@ -2,14 +2,14 @@
 
 import itertools
 
-import operators
 import pytest
 import torch
-from cases import parse_activation
-from judges import spelled
 from torch.autograd import gradcheck, gradgradcheck
 
+import operators
+from cases import parse_activation
 from dsconv_ext import functional as F
+from judges import spelled
 
 ACTIVATIONS = [
     *("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "sigmoid"),

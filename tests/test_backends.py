@@ -1,8 +1,9 @@
 """The fallback: without the library PyTorch's operators run, with one warning, and explain says why."""
 
-import operators
 import pytest
 import torch
+
+import operators
 from cases import Case, sample
 
 FALLBACK = {"DSCONV_BACKEND": "torch"}

@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
+import torch
+
 import cases
 import oracle
-import pytest
 import tolerance
-import torch
 from cases import Case
 
 

@@ -1,14 +1,14 @@
 """Fake kernels, torch.compile, torch.export and the meta device."""
 
-import cases
-import operators
 import pytest
 import torch
-from cases import Case
-from judges import subject
 
+import cases
+import operators
+from cases import Case
 from dsconv_ext import functional as F
 from dsconv_ext import nn
+from judges import subject
 
 FULL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = ("nchw", "nhwc", "sliced", "nhwc_sliced", "transposed", "permuted")

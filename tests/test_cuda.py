@@ -2,16 +2,16 @@
 
 import warnings
 
-import choices
-import oracle
 import pytest
 import torch
-from cases import Case, sample
-from judges import Result, accuracy_truth, cast, check, composition, evaluate, subject
-from tolerance import assert_accurate, assert_equal
 
+import choices
+import oracle
+from cases import Case, sample
 from dsconv_ext import functional as F
 from dsconv_ext import nn
+from judges import Result, accuracy_truth, cast, check, composition, evaluate, subject
+from tolerance import assert_accurate, assert_equal
 
 pytestmark = [
     pytest.mark.cuda,

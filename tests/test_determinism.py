@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from cases import Case
 from judges import evaluate, subject
 

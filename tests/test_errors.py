@@ -2,10 +2,10 @@
 
 import re
 
-import operators
 import pytest
 import torch
 
+import operators
 from dsconv_ext import functional as F
 
 DOUBLE, HALF, INT, META = (

@@ -3,16 +3,16 @@
 import json
 import re
 
-import choices
 import pytest
 import torch
+
+import choices
+import dsconv_ext
 from cases import Case, sample
 from conftest import ROOT
+from dsconv_ext import functional as F
 from judges import check, evaluate, subject
 from row_tests import ISAS
-
-import dsconv_ext
-from dsconv_ext import functional as F
 
 pytestmark = pytest.mark.usefixtures("library")
 PASSES = {

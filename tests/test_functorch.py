@@ -1,11 +1,11 @@
 """torch.func and forward-mode AD: every transform agrees with the composition of PyTorch's convolutions."""
 
-import operators
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+import operators
 from dsconv_ext import functional as F
 from dsconv_ext import nn
 

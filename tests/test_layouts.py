@@ -1,14 +1,14 @@
 """Memory layouts: which inputs are accepted, which strides come out, and that every element of an output is written."""
 
-import cases
-import oracle
 import pytest
 import torch
+
+import cases
+import oracle
 from cases import Case
+from dsconv_ext import functional as F
 from judges import check, check_exact, check_layout, composition, evaluate, subject
 from tolerance import assert_equal
-
-from dsconv_ext import functional as F
 
 LINES = (
     "dw n2c17w13k3s1d1p1 {} {} act=relu",

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from conftest import ROOT
 
 FORBIDDEN = r"libtorch_cuda|libc10_cuda|libcudart|libcuda\.so|libtorch_python|libpython"

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from cases import Case
 from judges import check_accuracy, check_exact, check_layout, composition, evaluate
 

@@ -4,15 +4,15 @@ import copy
 import io
 import pickle
 
-import oracle
 import pytest
 import torch
-from cases import parse_activation
-from judges import spelled
 from torch import nn as tnn
 
 import dsconv_ext
+import oracle
+from cases import parse_activation
 from dsconv_ext import nn
+from judges import spelled
 
 PLAIN = {1: tnn.Conv1d, 2: tnn.Conv2d, 3: tnn.Conv3d}
 DEPTHWISE = {1: nn.DepthwiseConv1d, 2: nn.DepthwiseConv2d, 3: nn.DepthwiseConv3d}

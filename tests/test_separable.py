@@ -1,6 +1,7 @@
 """Depthwise-separable convolution, forward and backward, by both judges: as chosen, and through every row."""
 
 import pytest
+
 from cases import sample
 from judges import check_accuracy, check_exact
 from row_tests import check_row, row_parameters
