@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const 
     saved = depthwise_forward("depthwise_backward", p, {Activation::none, 0}, x);
   }
   DepthwiseGradients g =
-      depthwise_gradients("depthwise_backward", p, grad, saved, x, weight, need_x, need_weight, need_bias);
+      depthwise_gradients("depthwise_backward", p, grad, saved, x, weight, need_x, need_weight, need_bias && bias);
   return {g.x, g.weight, g.bias};
 }
 
