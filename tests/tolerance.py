@@ -30,8 +30,8 @@ def error(y: torch.Tensor, reference: torch.Tensor) -> float:
 def bound(dtype: torch.dtype, yardstick_error: float) -> float:
     """The largest error allowed in ``dtype`` where PyTorch in the yardstick's dtype makes ``yardstick_error``.
 
-    The truth of a float64 result is a float64 result too, and may be as far off (the derivative of gelu_tanh loses 7 ulp
-    a value in ATen as in ours): the allowance is that of both.
+    The truth of a float64 result is a float64 result too, and may be as far off (the derivative of gelu_tanh loses
+    7 ulp a value in ATen as in ours): the allowance is that of both.
     """
     eps = torch.finfo(dtype).eps
     if dtype in YARDSTICK:
