@@ -60,11 +60,13 @@ build: $(STAMP) ## compile what has changed (CUDA too if nvcc is found; DSCONV_C
 demo: build ## run the demo on a photograph, two MobileNets and a small training
 	"$(PY)" examples/demo.py $(ARGS)
 
+# One test per core, each with one thread: tests of threads ask for theirs.
+test test-all: export OMP_NUM_THREADS = 1
 test: build ## run the core tests and a sample of every family
-	"$(PY)" -m pytest tests -q $(ARGS)
+	"$(PY)" -m pytest tests -q -n auto $(ARGS)
 
 test-all: build ## run every test
-	"$(PY)" -m pytest tests -q -m "" $(ARGS)
+	"$(PY)" -m pytest tests -q -n auto -m "" $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	ruff check .

@@ -15,7 +15,7 @@ from cases import GUARD, Case
 from dsconv_ext import functional
 from tolerance import KINK_DISTANCE, YARDSTICK, assert_accurate, assert_equal
 
-ENOUGH_OUTPUTS = 1000
+ENOUGH_OUTPUTS = 500
 Function = Callable[[Case, dict[str, Tensor]], Tensor]
 
 

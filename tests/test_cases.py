@@ -90,18 +90,13 @@ def test_the_judge_agrees_with_the_convolution_of_pytorch(family):
         torch.testing.assert_close(torch.autograd.grad(ours, tensors, g), torch.autograd.grad(theirs, tensors, g))
 
 
-def test_the_activations_of_the_judge_are_those_of_pytorch():
-    """Where float64 has its own formula, it is the same function."""
+def test_the_hardsigmoid_of_the_judge_is_that_of_pytorch():
+    """Float64 has its own formula of the same function."""
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = oracle.activate(x, ("hardsigmoid", 0.0)), torch.nn.functional.hardsigmoid(x)
+    torch.testing.assert_close(ours, theirs)
     g = torch.randn_like(x)
-    for ours, theirs in (
-        (oracle.ACTIVATIONS["gelu_tanh"](x, 0.0), torch.nn.functional.gelu(x, approximate="tanh")),
-        (oracle.ACTIVATIONS["hardsigmoid"](x, 0.0), torch.nn.functional.hardsigmoid(x)),
-    ):
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours, x, g), torch.autograd.grad(theirs, x, g), rtol=1e-6, atol=1e-7
-        )
+    torch.testing.assert_close(torch.autograd.grad(ours, x, g), torch.autograd.grad(theirs, x, g), rtol=1e-6, atol=1e-7)
 
 
 def test_error_measure():
