@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ACTIVATIONS = {
     "none": lambda x, _: x,

@@ -322,6 +322,8 @@ struct GradInput {
   }
 };
 
+constexpr int64_t kPositionChain = 16;  // as kChain, for sums over positions, where terms of both signs cancel
+
 // sum[tap] += sum over the tile's outputs of x[output * stride + tap] * grad[output], for kTaps taps at once.
 template <class T, int kTaps>
 static void accumulate_taps(const T* x, const T* grad, const int64_t* offset, const Window& w, const Box& out,
@@ -342,9 +344,9 @@ static void accumulate_taps(const T* x, const T* grad, const int64_t* offset, co
     for (int64_t z = 0; z < out.extent[0]; ++z) {
       for (int64_t y = 0; y < out.extent[1]; ++y) {
         const T* row = x + v + (z * w.stride[0] * in.extent[1] + y * w.stride[1]) * in.extent[2] * kB;
-        for (int64_t first = 0; first < out.extent[2]; first += kChain) {
-          const int64_t last = min64(first + kChain, out.extent[2]);
-          if (chain + last - first > kChain) flush();
+        for (int64_t first = 0; first < out.extent[2]; first += kPositionChain) {
+          const int64_t last = min64(first + kPositionChain, out.extent[2]);
+          if (chain + last - first > kPositionChain) flush();
           chain += last - first;
           for (int64_t c = first; c < last; ++c, g += kB) {
             const Vec<T> gradient = load(g);
@@ -409,9 +411,9 @@ struct GradWeight {
     }
     if (p.grad_bias.data == nullptr) return;
     const int64_t positions = product(out.extent);
-    for (int64_t first = 0; first < positions; first += kChain) {
+    for (int64_t first = 0; first < positions; first += kPositionChain) {
       T total[kBlock<T>] = {};
-      for (int64_t i = first; i < min64(first + kChain, positions); ++i) {
+      for (int64_t i = first; i < min64(first + kPositionChain, positions); ++i) {
         for (int l = 0; l < kBlock<T>; ++l) total[l] += grad[i * kBlock<T> + l];
       }
       for (int l = 0; l < kBlock<T>; ++l) sums[taps * kBlock<T> + l] += total[l];
