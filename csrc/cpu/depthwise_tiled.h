@@ -411,13 +411,11 @@ struct GradWeight {
     }
     if (p.grad_bias.data == nullptr) return;
     const int64_t positions = product(out.extent);
-    for (int64_t first = 0; first < positions; first += kPositionChain) {
-      T total[kBlock<T>] = {};
-      for (int64_t i = first; i < min64(first + kPositionChain, positions); ++i) {
-        for (int l = 0; l < kBlock<T>; ++l) total[l] += grad[i * kBlock<T> + l];
-      }
-      for (int l = 0; l < kBlock<T>; ++l) sums[taps * kBlock<T> + l] += total[l];
+    double total[kBlock<T>] = {};
+    for (int64_t i = 0; i < positions; ++i) {
+      for (int l = 0; l < kBlock<T>; ++l) total[l] += grad[i * kBlock<T> + l];
     }
+    for (int l = 0; l < kBlock<T>; ++l) sums[taps * kBlock<T> + l] += static_cast<T>(total[l]);
   }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {

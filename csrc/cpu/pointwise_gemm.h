@@ -186,8 +186,11 @@ struct PointwiseGradWeight {
             for (int64_t i = 0; i < positions; ++i) sum += rows[k * kChunk + i] = gathered[i * kBlockRows + k];
             bias[k] += sum;
           }
-          multiply_panel(rows, kChunk, count, columns, positions, chunk);
-          for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
+          for (int64_t first = 0; first < positions; first += kPositionChain) {
+            const int64_t depth = min64(kPositionChain, positions - first);
+            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth, chunk);
+            for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
+          }
         }
         for (int64_t k = 0; k < count && p.grad_weight.data; ++k) {
           S* out =
