@@ -7,10 +7,13 @@ namespace dsconv {
 // The implementations live in objects compiled for their target; only their addresses are known here.
 #define DSCONV_DECLARE_CPU(isa)                                                                         \
   namespace cpu::isa {                                                                                  \
-  extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight, tiled_mask; \
+  extern const Kernel<DepthwiseProblem> direct_forward, direct_grad_input;                              \
+  extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight;             \
+  extern const Kernel<DepthwiseProblem> flat_mask, tiled_mask;                                          \
   extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                                 \
   extern const Kernel<SeparableProblem> fused_forward;                                                  \
-  extern const Packer panel_packer;                                                                     \
+  extern const Packer<DepthwiseProblem> direct_packer;                                                  \
+  extern const Packer<PointwiseProblem> panel_packer;                                                   \
   }
 DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
@@ -34,12 +37,21 @@ const std::vector<Row>& kernel_table() {
   return table;
 }
 
-const Packer* packer_of(Target target) {
+template <>
+const Packer<DepthwiseProblem>& packer_of(Target target) {
 #if DSCONV_X86
-  if (target == Target::avx512) return &cpu::avx512::panel_packer;
-  if (target == Target::avx2) return &cpu::avx2::panel_packer;
+  if (target == Target::avx512) return cpu::avx512::direct_packer;
+  if (target == Target::avx2) return cpu::avx2::direct_packer;
 #endif
-  return target == Target::portable ? &cpu::portable::panel_packer : nullptr;
+  return cpu::portable::direct_packer;
+}
+template <>
+const Packer<PointwiseProblem>& packer_of(Target target) {
+#if DSCONV_X86
+  if (target == Target::avx512) return cpu::avx512::panel_packer;
+  if (target == Target::avx2) return cpu::avx2::panel_packer;
+#endif
+  return cpu::portable::panel_packer;
 }
 
 const char* name_of(Pass pass) {
@@ -80,7 +92,8 @@ double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& mac
       machine.target == Target::cuda ? 0 : static_cast<int>(machine.target) - static_cast<int>(row.target);
   const double rate = machine.peak_gflops * row.efficiency / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
-  return std::max(cost.flops / rate, cost.bytes / bandwidth) * 1e-3;
+  // The sum, not the larger: of two rows that wait for the same memory the one with less arithmetic is the better.
+  return (cost.flops / rate + cost.bytes / bandwidth) * 1e-3;
 }
 
 const char* why_not(const Row& row, const Machine& machine) {

@@ -44,7 +44,8 @@ struct Row {
 };
 
 const std::vector<Row>& kernel_table();
-const Packer* packer_of(Target target);  // null: the target's kernels take weights as they are
+template <class Problem>
+const Packer<Problem>& packer_of(Target target);  // of an instruction set
 const char* name_of(Pass pass);
 const char* name_of(Target target);
 const char* name_of(DType dtype);

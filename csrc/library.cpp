@@ -1,6 +1,7 @@
 // Registers the operators: schemas from dsconv_ext/schemas.inc, implementations per device.
 #include "ops/depthwise.h"
 #include "ops/introspection.h"
+#include "ops/packed.h"
 #include "ops/separable.h"
 
 STABLE_TORCH_LIBRARY(dsconv, library) {

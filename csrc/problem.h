@@ -62,9 +62,10 @@ struct Window {
 
 // Depthwise convolution with `multiplier` outputs per input channel, and its gradients. A pass uses the views it needs:
 //   forward:     y = activation(x * weight + bias)
-//   grad_input:  grad_x from grad (masked by the activation's derivative at `saved`) and weight
-//   grad_weight: grad_weight, grad_bias from x and the masked grad
-//   mask:        grad_x = grad masked, position by position (in == out, no weight)
+//   grad_input:  grad_x from grad and weight; grad is that of the pre-activation, as for grad_weight
+//   grad_weight: grad_weight, grad_bias from x and grad
+//   mask:        grad_x = grad times the activation's derivative at `saved` (absent without an activation), position by
+//                position (in == out, no weight)
 struct DepthwiseProblem {
   DType dtype;
   int64_t batch;
@@ -81,6 +82,7 @@ struct DepthwiseProblem {
   View grad_x;
   View grad_weight;
   View grad_bias;
+  const void* packed;  // weight as the target's Packer wrote it (read by the forward pass), or null
 };
 
 // 1x1 convolution over the positions of [N, C, D, H, W], and its weight gradient:
@@ -125,10 +127,11 @@ struct Kernel {
   void (*launch)(const Problem&, const Runtime&, void* workspace);
 };
 
-// Pointwise weights in the order in which a target's kernels read them (PointwiseProblem::packed).
+// Weights in the order in which a target's kernels read them (Problem::packed).
+template <class Problem>
 struct Packer {
-  size_t (*bytes)(const PointwiseProblem&);
-  void (*pack)(const PointwiseProblem&, void* out);
+  size_t (*bytes)(const Problem&);
+  void (*pack)(const Problem&, void* out);
 };
 
 }  // namespace dsconv

@@ -10,8 +10,6 @@ namespace dsconv::cpu::DSCONV_ISA {
 constexpr int kMaxPixels =
     8;  // accumulators of one block: 8 chains hide the FMA latency of two ports, and 16 registers hold them
 
-constexpr int64_t kChain = 64;  // longest chain of additions: partial sums keep longer sums in float32 accurate
-
 struct Tap {
   int64_t offset;  // in the tile, relative to the pixel
   int64_t weight;  // in the packed weights of the block

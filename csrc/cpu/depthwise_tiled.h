@@ -7,11 +7,11 @@
 
 #include "correlate.h"
 #include "kernel_of.h"
+#include "tasks.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kTileElements = 24 * 1024;  // staged elements per tile: some rows stay in L1, the whole tile in L2
-constexpr int64_t kTaskFlops = 1 << 20;       // about 20 us of work: less is not worth a thread
 
 struct TilePlan {
   int64_t extent[3];  // of the positions that are produced
@@ -80,13 +80,6 @@ DSCONV_INLINE Box output_box(const Window& w, const Box& in) {
   return box;
 }
 
-DSCONV_INLINE int64_t thread_slots(const Runtime& runtime, int64_t tasks, int64_t flops) {
-  return max64(1, min64(min64(runtime.threads, tasks), flops / kTaskFlops));
-}
-DSCONV_INLINE int64_t depthwise_flops(const DepthwiseProblem& p) {
-  return 2 * numel(p.batch, p.channels * p.multiplier, p.window.out) * product(p.window.taps);
-}
-
 // Packed weights: [block][j][tap][lane], where lane l of block b is output channel (b*kBlock + l) * step + j, j < step.
 // Padding lanes are zero. Returns false when a weight is Inf or NaN.
 template <class S, class T = Compute<S>>
@@ -125,14 +118,13 @@ DSCONV_INLINE int64_t packed_depthwise_count(const DepthwiseProblem& p, int64_t 
 // Per-thread scratch of the passes that produce positions.
 template <class T>
 struct Scratch {
-  T *tile, *second, *row, *bias;
+  T *tile, *row, *bias;
   Tap *taps, *inside;
 };
 template <class T>
 DSCONV_INLINE Scratch<T> take_scratch(Arena& arena, int64_t staged, int64_t columns, int64_t taps) {
   Scratch<T> s;
   s.tile = take<T>(arena, staged * kBlock<T>);
-  s.second = take<T>(arena, staged * kBlock<T>);
   s.row = take<T>(arena, columns * kBlock<T>);
   s.bias = take<T>(arena, kBlock<T>);
   s.taps = take<Tap>(arena, taps);
@@ -141,7 +133,7 @@ DSCONV_INLINE Scratch<T> take_scratch(Arena& arena, int64_t staged, int64_t colu
 }
 template <class T>
 DSCONV_INLINE int64_t scratch_bytes(int64_t staged, int64_t columns, int64_t taps) {
-  return 2 * piece_bytes<T>(staged * kBlock<T>) + piece_bytes<T>(columns * kBlock<T>) + piece_bytes<T>(kBlock<T>) +
+  return piece_bytes<T>(staged * kBlock<T>) + piece_bytes<T>(columns * kBlock<T>) + piece_bytes<T>(kBlock<T>) +
          2 * piece_bytes<Tap>(taps);
 }
 
@@ -295,7 +287,7 @@ struct GradInput {
         const LaneMap<T> lanes = map_lanes<T>(block * kBlock<T>, p.channels, 1, 1, 0, p.grad_x.stride[1]);
         for (int64_t j = 0; j < p.multiplier; ++j) {
           T* part = s.tile + j * product(staged.extent) * kBlock<T>;
-          stage_masked_gradient<S>(part, s.second, p, image, block * kBlock<T>, p.multiplier, j, staged);
+          stage_outputs<S>(part, p, p.grad, image, block * kBlock<T>, p.multiplier, j, staged);
         }
         for (int64_t z = 0; z < box.extent[0]; ++z) {
           for (int64_t y = 0; y < box.extent[1]; ++y) {
@@ -437,8 +429,7 @@ struct GradWeight {
         for (int64_t piece = pieces * slab / plan.slabs; piece < pieces * (slab + 1) / plan.slabs; ++piece) {
           const int64_t image = piece / plan.tiles.tiles;
           const Box out = tile_box(plan.tiles, w.out, piece % plan.tiles.tiles), in = input_box(w, out);
-          // The gradient first: s.tile serves it as the second tile.
-          stage_masked_gradient<S>(grad, s.tile, p, image, first, 1, 0, out);
+          stage_outputs<S>(grad, p, p.grad, image, first, 1, 0, out);
           stage_box<S>(s.tile, static_cast<const S*>(p.x.data) + image * p.x.stride[0], lanes, in, w.in,
                        p.x.stride + 2);
           for (int64_t t = 0; t < plan.taps; ++t) {
@@ -472,41 +463,6 @@ struct GradWeight {
       }
     }
     if (p.grad_bias.data) narrow(total(plan.taps), static_cast<S*>(p.grad_bias.data) + o * p.grad_bias.stride[0]);
-  }
-};
-
-// grad_x = grad masked by the activation's derivative at `saved`, for whoever needs the gradient of a pre-activation in
-// memory.
-template <class S>
-struct Mask {
-  using T = Compute<S>;
-
-  static TilePlan plan_of(const DepthwiseProblem& p) {
-    return plan_tiles(p.window.out, kTileElements / kBlock<T>, [](int, int64_t n) { return n; });
-  }
-  static int64_t slot_bytes(const TilePlan& plan) { return 2 * piece_bytes<T>(plan.staged * kBlock<T>); }
-  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    return kBlockBytes + threads * slot_bytes(plan_of(p));
-  }
-  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    const TilePlan plan = plan_of(p);
-    const int64_t blocks = ceil_div(p.channels, kBlock<T>);
-    const Arena arena = arena_at(workspace);
-    auto body = [&](int64_t task, int64_t end, int64_t slot) {
-      Arena own{arena.next + slot * slot_bytes(plan)};
-      T* tile = take<T>(own, plan.staged * kBlock<T>);
-      T* second = take<T>(own, plan.staged * kBlock<T>);
-      for (; task < end; ++task) {
-        const int64_t block = task % blocks, image = task / blocks / plan.tiles;
-        const Box box = tile_box(plan, p.window.out, task / blocks % plan.tiles);
-        const LaneMap<T> lanes = map_lanes<T>(block * kBlock<T>, p.channels, 1, 1, 0, p.grad_x.stride[1]);
-        stage_masked_gradient<S>(tile, second, p, image, block * kBlock<T>, 1, 0, box);
-        unstage_box<S>(static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0], tile, lanes, box,
-                       p.grad_x.stride + 2);
-      }
-    };
-    const int64_t tasks = p.batch * plan.tiles * blocks;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, 8 * numel(p.batch, p.channels, p.window.out)), body);
   }
 };
 

@@ -20,11 +20,17 @@ DSCONV_INLINE void with_storage(DType dtype, Fn fn) {
   }
 }
 
-// Pass<S> has workspace_bytes and launch; the kernel dispatches on the storage type.
+// Pass<S> has workspace_bytes, launch and, unless it runs everything, can_run; the kernel dispatches on the storage type.
 template <class Problem, template <class> class Pass>
 constexpr Kernel<Problem> kernel_of() {
   return {
-      [](const Problem&) -> const char* { return nullptr; },
+      [](const Problem& p) {
+        const char* reason = nullptr;
+        with_storage(storage_of(p), [&](auto s) {
+          if constexpr (requires { Pass<decltype(s)>::can_run(p); }) reason = Pass<decltype(s)>::can_run(p);
+        });
+        return reason;
+      },
       [](const Problem& p, int threads) {
         size_t bytes = 0;
         with_storage(storage_of(p), [&](auto s) { bytes = Pass<decltype(s)>::workspace_bytes(p, threads); });
@@ -37,15 +43,15 @@ constexpr Kernel<Problem> kernel_of() {
 }
 
 // The same for Packed<S> with bytes and pack.
-template <template <class> class Packed>
-constexpr Packer packer_of() {
+template <class Problem, template <class> class Packed>
+constexpr Packer<Problem> packer_of() {
   return {
-      [](const PointwiseProblem& p) {
+      [](const Problem& p) {
         size_t bytes = 0;
         with_storage(p.dtype, [&](auto s) { bytes = Packed<decltype(s)>::bytes(p); });
         return bytes;
       },
-      [](const PointwiseProblem& p, void* out) {
+      [](const Problem& p, void* out) {
         with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); });
       },
   };

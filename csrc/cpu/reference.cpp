@@ -5,6 +5,7 @@
 
 #include "cpu/activation_rows.h"
 #include "cpu/kernel_of.h"
+#include "cpu/tasks.h"
 
 namespace dsconv::cpu::reference {
 
@@ -57,17 +58,6 @@ static void for_each(const Runtime& runtime, int64_t count, Body body) {
 }
 
 template <class S>
-static T masked(const ActivationSpec& activation, const View& grad, const View& saved, int64_t n, int64_t c, int64_t d,
-                int64_t h, int64_t w) {
-  T g = value<S>(grad, n, c, d, h, w);
-  if (activation.kind != Activation::none) {
-    const T s = value<S>(saved, n, c, d, h, w);
-    mask_row(activation, &g, &s, 1);
-  }
-  return g;
-}
-
-template <class S>
 struct Forward {
   static size_t workspace_bytes(const DepthwiseProblem&, int) { return 0; }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void*) {
@@ -101,7 +91,7 @@ struct GradInput {
         memset(sum, 0, product(win.in) * sizeof(T));
         for (int64_t o = c * p.multiplier; o < (c + 1) * p.multiplier; ++o) {
           for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) {
-            const T g = masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
+            const T g = value<S>(p.grad, n, o, d, h, w);
             for_taps(win, d, h, w, [&](int64_t u0, int64_t u1, int64_t u2, int64_t i0, int64_t i1, int64_t i2) {
               sum[(i0 * win.in[1] + i1) * win.in[2] + i2] += g * value<S>(p.weight, o, 0, u0, u1, u2);
             });
@@ -132,7 +122,7 @@ struct GradWeight {
             const int64_t i2 = w * win.stride[2] + u2 * win.dilation[2] - win.pad[2];
             if (i0 < 0 || i0 >= win.in[0] || i1 < 0 || i1 >= win.in[1] || i2 < 0 || i2 >= win.in[2]) return;
             sum += value<S>(p.x, n, o / p.multiplier, i0, i1, i2) *
-                   masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
+                   value<S>(p.grad, n, o, d, h, w);
           });
         }
         if (p.grad_weight.data) write<S>(sum, p.grad_weight, o, 0, u0, u1, u2);
@@ -140,7 +130,7 @@ struct GradWeight {
       T sum = T(0);
       for (int64_t n = 0; n < p.batch && p.grad_bias.data; ++n) {
         for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) {
-          sum += masked<S>(p.activation, p.grad, p.saved, n, o, d, h, w);
+          sum += value<S>(p.grad, n, o, d, h, w);
         });
       }
       if (p.grad_bias.data) write<S>(sum, p.grad_bias, o, 0);
@@ -155,7 +145,12 @@ struct Mask {
     for_each(runtime, p.batch * p.channels, [&](int64_t i) {
       const int64_t n = i / p.channels, c = i % p.channels;
       for_positions(p.window.out, [&](int64_t d, int64_t h, int64_t w) {
-        write<S>(masked<S>(p.activation, p.grad, p.saved, n, c, d, h, w), p.grad_x, n, c, d, h, w);
+        T g = value<S>(p.grad, n, c, d, h, w);
+        if (p.activation.kind != Activation::none) {
+          const T saved = value<S>(p.saved, n, c, d, h, w);
+          mask_row(p.activation, &g, &saved, 1);
+        }
+        write<S>(g, p.grad_x, n, c, d, h, w);
       });
     });
   }

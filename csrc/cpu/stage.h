@@ -122,21 +122,14 @@ DSCONV_INLINE void round_row(T* values, int64_t count) {
   }
 }
 
-// The gradient of the pre-activation over a box: `grad` masked by the activation's derivative at `saved`. scratch holds
-// a second tile.
+// A map of output channels over a box: lane l holds channel (first + l) * step + plus.
 template <class S, class T = Compute<S>>
-static void stage_masked_gradient(T* tile, T* scratch, const DepthwiseProblem& p, int64_t image, int64_t first,
-                                  int64_t step, int64_t plus, const Box& box) {
+static void stage_outputs(T* tile, const DepthwiseProblem& p, const View& view, int64_t image, int64_t first,
+                          int64_t step, int64_t plus, const Box& box) {
   const int64_t channels = step == 1 ? p.channels * p.multiplier : p.channels;
-  auto stage = [&](T* out, const View& view) {
-    const LaneMap<T> lanes = map_lanes<T>(first, channels, step, 1, plus, view.stride[1]);
-    stage_box<S>(out, static_cast<const S*>(view.data) + image * view.stride[0], lanes, box, p.window.out,
-                 view.stride + 2);
-  };
-  stage(tile, p.grad);
-  if (p.activation.kind == Activation::none) return;
-  stage(scratch, p.saved);
-  mask_row(p.activation, tile, scratch, product(box.extent) * kBlock<T>);
+  const LaneMap<T> lanes = map_lanes<T>(first, channels, step, 1, plus, view.stride[1]);
+  stage_box<S>(tile, static_cast<const S*>(view.data) + image * view.stride[0], lanes, box, p.window.out,
+               view.stride + 2);
 }
 
 }  // namespace dsconv::cpu::DSCONV_ISA

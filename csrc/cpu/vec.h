@@ -19,6 +19,8 @@ namespace dsconv::cpu::DSCONV_ISA {
 constexpr int kVectorBytes = DSCONV_VECTOR_BYTES;
 constexpr int kBlockBytes = 64;  // channels are handled in blocks of one cache line of the compute type
 
+constexpr int64_t kChain = 64;   // longest chain of additions: partial sums keep longer sums in float32 accurate
+
 template <class T>
 constexpr int kBlock = kBlockBytes / sizeof(T);
 template <class T>
@@ -44,6 +46,20 @@ DSCONV_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 DSCONV_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
+}
+
+// Keeps a loaded vector in its register: compilers would rather read memory again as the operand of every use.
+template <class V>
+DSCONV_INLINE void keep(V& v) {
+#if DSCONV_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  (void)v;
+#endif
 }
 
 // Storage types. Half types are carried as bits; Compute is what kernels accumulate in.
@@ -136,6 +152,53 @@ DSCONV_INLINE void narrow_row(S* __restrict dst, const Compute<S>* __restrict sr
   for (; i < count; ++i) narrow(src[i], dst + i);
 }
 
+// One vector of the compute type from storage, and back.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_wide(const S* p) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load(reinterpret_cast<const T*>(p));
+  } else if constexpr (__is_same(S, BFloat16)) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+    Half bits;
+    memcpy(&bits, p, sizeof bits);
+    return reinterpret_cast<Vec<T>>(__builtin_convertvector(bits, Word) << 16);
+  } else {
+#if DSCONV_VECTOR_BYTES == 64
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vec<T> v;
+    for (int l = 0; l < kLanes<T>; ++l) v[l] = widen(p[l]);
+    return v;
+#endif
+  }
+}
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void store_narrow(S* p, Vec<T> v) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    store(reinterpret_cast<T*>(p), v);
+  } else if constexpr (__is_same(S, BFloat16)) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+    const Word u = reinterpret_cast<Word>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const Word bits = (u & 0x7fffffff) > 0x7f800000 ? Word{} + 0x7fc0 : rounded;
+    const Half half = __builtin_convertvector(bits, Half);
+    memcpy(p, &half, sizeof half);
+  } else {
+#if DSCONV_VECTOR_BYTES == 64
+    const __m256i half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &half, sizeof half);
+#elif defined(__F16C__)
+    const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &half, sizeof half);
+#else
+    for (int l = 0; l < kLanes<T>; ++l) narrow(v[l], p + l);
+#endif
+  }
+}
+
 // A bump allocator over the workspace that an operator handed to a kernel; every piece starts on a cache line.
 struct Arena {
   char* next;
@@ -153,21 +216,6 @@ DSCONV_INLINE Arena arena_at(void* workspace) {
 template <class T>
 DSCONV_INLINE int64_t piece_bytes(int64_t count) {
   return round_up(count * static_cast<int64_t>(sizeof(T)), kBlockBytes);
-}
-
-// Runs body(first_task, last_task, slot) on `slots` slots of equal size; slot numbers index per-thread scratch.
-template <class Body>
-DSCONV_INLINE void for_slots(const Runtime& runtime, int64_t tasks, int64_t slots, Body& body) {
-  struct Context {
-    Body* body;
-    int64_t tasks, slots;
-  } context{&body, tasks, slots};
-  auto trampoline = [](void* p, int64_t slot) {
-    const Context& c = *static_cast<Context*>(p);
-    (*c.body)(c.tasks* slot / c.slots, c.tasks * (slot + 1) / c.slots, slot);
-  };
-  if (slots == 1) return body(0, tasks, 0);
-  runtime.parallel(slots, trampoline, &context);
 }
 
 }  // namespace dsconv::cpu::DSCONV_ISA

@@ -1,6 +1,7 @@
 #include "ops/common.h"
 
 #include "machine.h"
+#include "ops/packed.h"
 #if DSCONV_CUDA
 #include "cuda/device.h"
 #endif
@@ -187,7 +188,8 @@ template void launch(const Row&, const PointwiseProblem&, const Tensor&);
 template void launch(const Row&, const SeparableProblem&, const Tensor&);
 
 template <class Problem>
-static void choose_and_launch(const char* op, Pass pass, const Problem& problem, const Tensor& x) {
+static void choose_and_launch(const char* op, Pass pass, const Problem& problem, const Tensor& x,
+                              const OptionalTensor& packed) {
   const Row* row;
   if (recording()) {
     std::vector<Candidate> candidates;
@@ -198,14 +200,17 @@ static void choose_and_launch(const char* op, Pass pass, const Problem& problem,
   }
   STD_TORCH_CHECK(row, "dsconv::", op, ": no kernel of this library runs ", name_of(pass),
                   " here: ", describe(problem));
-  launch(*row, problem, x);
+  if (!packed) return launch(*row, problem, x);
+  Problem with_weights = problem;
+  use_packed(packed, with_weights, *row);
+  launch(*row, with_weights, x);
 }
 
-void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x) {
-  choose_and_launch(op, pass, problem, x);
+void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x, const OptionalTensor& packed) {
+  choose_and_launch(op, pass, problem, x, packed);
 }
 void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x) {
-  choose_and_launch(op, pass, problem, x);
+  choose_and_launch(op, pass, problem, x, std::nullopt);
 }
 
 }  // namespace dsconv

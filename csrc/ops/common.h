@@ -55,7 +55,8 @@ const Machine& machine_of(const Tensor& x);
 inline bool has_kernels(const Tensor& x) { return x.is_cpu() || machine_of(x).sm > 0; }
 
 // Chooses the row of a pass and runs it on x's device and current stream. `op` names the operator in explanations.
-void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x);
+void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x,
+         const OptionalTensor& packed = std::nullopt);
 void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x);
 
 // Runs a row that was chosen already.

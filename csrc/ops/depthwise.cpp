@@ -17,29 +17,61 @@ static Tensor depthwise_torch(const Tensor& x, const Tensor& weight, const Optio
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec activation, const Tensor& x) {
+Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec activation, const Tensor& x,
+                         const OptionalTensor& packed) {
   p.activation = activation;
   Tensor y = empty_output(x, channels_of(p), spatial_of(x, p.window.out));
   p.y = view_of(y);
-  if (p.batch > 0) run(op, Pass::depthwise_fwd, p, x);
+  if (p.batch > 0) run(op, Pass::depthwise_fwd, p, x, packed);
   return y;
 }
 
 Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
                  const IntList& padding, const IntList& dilation, const std::string& activation,
-                 double activation_param, const OptionalTensor&) {
+                 double activation_param, const OptionalTensor& packed) {
   const ActivationSpec spec = parse_activation("activation", activation, activation_param);
   const DepthwiseProblem p = depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec);
   if (!has_kernels(x)) return depthwise_torch(x, weight, bias, stride, padding, dilation, activation, activation_param);
-  return depthwise_forward("depthwise", p, spec, x);
+  return depthwise_forward("depthwise", p, spec, x, packed);
+}
+
+DepthwiseProblem map_problem(DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3],
+                             ActivationSpec activation) {
+  DepthwiseProblem p{};
+  p.dtype = dtype;
+  p.batch = batch;
+  p.channels = channels;
+  p.multiplier = 1;
+  p.activation = activation;
+  for (int dim = 0; dim < 3; ++dim) {
+    p.window.in[dim] = p.window.out[dim] = size[dim];
+    p.window.taps[dim] = p.window.stride[dim] = p.window.dilation[dim] = 1;
+  }
+  return p;
+}
+
+Tensor masked_gradient(const char* op, DepthwiseProblem p, const Tensor& grad, const OptionalTensor& saved,
+                       const Tensor& x) {
+  Tensor masked = empty_output(x, p.channels, spatial_of(x, p.window.out));
+  p.grad = view_of(grad);
+  p.saved = view_of(saved);
+  p.grad_x = view_of(masked);
+  if (p.batch > 0) run(op, Pass::mask, p, x);
+  return masked;
 }
 
 DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const Tensor& grad,
                                        const OptionalTensor& saved, const Tensor& x, const Tensor& weight, bool need_x,
                                        bool need_weight, bool need_bias) {
   DepthwiseGradients gradients{undefined(), undefined(), undefined()};
-  p.grad = view_of(grad);
-  p.saved = view_of(saved);
+  if (!need_x && !need_weight && !need_bias) return gradients;
+  Tensor pre_activation = grad;
+  if (p.activation.kind != Activation::none) {
+    const DepthwiseProblem map = map_problem(p.dtype, p.batch, channels_of(p), p.window.out, p.activation);
+    pre_activation = masked_gradient(op, map, grad, saved, x);
+    p.activation = {Activation::none, 0};
+  }
+  p.grad = view_of(pre_activation);
   if (need_x) {
     gradients.x = empty_output(x, p.channels, spatial_of(x, p.window.in));
     p.grad_x = view_of(gradients.x);

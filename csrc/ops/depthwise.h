@@ -19,7 +19,14 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const 
                                                       bool need_bias);
 
 // The forward of `problem` with another activation into a new tensor.
-Tensor depthwise_forward(const char* op, DepthwiseProblem problem, ActivationSpec activation, const Tensor& x);
+Tensor depthwise_forward(const char* op, DepthwiseProblem problem, ActivationSpec activation, const Tensor& x,
+                         const OptionalTensor& packed = std::nullopt);
+
+// A map as a problem of the mask pass, and `grad` times the activation's derivative at `saved` as a new tensor.
+DepthwiseProblem map_problem(DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3],
+                             ActivationSpec activation);
+Tensor masked_gradient(const char* op, DepthwiseProblem map, const Tensor& grad, const OptionalTensor& saved,
+                       const Tensor& x);
 
 // The gradients of `problem` (its activation included) from the gradient of its output; `saved` as DepthwiseProblem
 // says.

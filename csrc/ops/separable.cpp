@@ -1,9 +1,7 @@
 #include "ops/separable.h"
 
-#include <cstring>
-
-#include "machine.h"
 #include "ops/depthwise.h"
+#include "ops/packed.h"
 
 namespace dsconv {
 namespace {
@@ -46,37 +44,6 @@ Fuse parse_fuse(const std::string& fuse) {
   return Fuse::never;
 }
 
-// What pack() writes in front of the panels, so that weights packed for something else are noticed.
-struct PackedHeader {
-  char magic[8];
-  int64_t target, dtype, in_channels, out_channels;
-  char reserved[24];
-};
-static_assert(sizeof(PackedHeader) == 64);
-constexpr char kMagic[8] = {'d', 's', 'c', 'o', 'n', 'v', '0', '1'};
-
-// The panels inside `packed` for a row of `target`, or null when another target packed them.
-const void* panels_of(const OptionalTensor& packed, const PointwiseProblem& p, Target target) {
-  if (!packed) return nullptr;
-  PackedHeader header{};
-  const int64_t bytes = packed->numel();
-  const bool readable = packed->is_cpu() && packed->element_size() == 1 && packed->is_contiguous();
-  if (readable && bytes == 0) return nullptr;
-  if (readable && bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->data_ptr(), sizeof header);
-  DSCONV_CHECK(std::memcmp(header.magic, kMagic, sizeof kMagic) == 0, "packed",
-               "a tensor that dsconv::pack did not make", "its result");
-  DSCONV_CHECK(header.dtype == static_cast<int64_t>(p.dtype) && header.in_channels == p.in_channels &&
-                   header.out_channels == p.out_channels,
-               "packed",
-               std::string("weights [") + std::to_string(header.out_channels) + ", " +
-                   std::to_string(header.in_channels) + "] of another layer or dtype",
-               "[", p.out_channels, ", ", p.in_channels, "] in ", name_of(p.dtype));
-  if (header.target != static_cast<int64_t>(target)) return nullptr;
-  DSCONV_CHECK(bytes == static_cast<int64_t>(sizeof header + packer_of(target)->bytes(p)), "packed",
-               std::to_string(bytes) + " bytes", "the size dsconv::pack gave");
-  return static_cast<const char*>(packed->data_ptr()) + sizeof header;
-}
-
 SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& x) {
   if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
   std::vector<Candidate> candidates;
@@ -92,27 +59,6 @@ Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
   p.y = view_of(y);
   run("separable_backward", Pass::pointwise_fwd, p, x);
   return y;
-}
-
-// grad masked by the derivative of `activation` at `saved`, into a new tensor.
-Tensor masked_gradient(const PointwiseProblem& pw, ActivationSpec activation, const Tensor& grad,
-                       const OptionalTensor& saved, const Tensor& x) {
-  Tensor masked = empty_output(x, pw.out_channels, spatial_of(x, pw.size));
-  DepthwiseProblem p{};
-  p.dtype = pw.dtype;
-  p.batch = pw.batch;
-  p.channels = pw.out_channels;
-  p.multiplier = 1;
-  p.activation = activation;
-  for (int dim = 0; dim < 3; ++dim) {
-    p.window.in[dim] = p.window.out[dim] = pw.size[dim];
-    p.window.taps[dim] = 1;
-  }
-  p.grad = view_of(grad);
-  p.saved = view_of(saved);
-  p.grad_x = view_of(masked);
-  run("separable_backward", Pass::mask, p, x);
-  return masked;
 }
 
 }  // namespace
@@ -132,7 +78,7 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
   p.pointwise.y = view_of(y);
   const SeparableChoice choice = choose_rows(p, how, x);
   if (choice.fused) {
-    p.pointwise.packed = panels_of(packed, p.pointwise, choice.fused->target);
+    use_packed(packed, p, *choice.fused);
     launch(*choice.fused, p, x);
     return y;
   }
@@ -140,7 +86,8 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                   "dsconv::separable: no kernel of this library runs here: ", describe(p));
   Tensor map = empty_output(x, p.pointwise.in_channels, spatial_of(x, p.pointwise.size));
   p.depthwise.y = p.pointwise.a = view_of(map);
-  p.pointwise.packed = panels_of(packed, p.pointwise, choice.pointwise->target);
+  use_packed(packed, p.depthwise, *choice.depthwise);
+  use_packed(packed, p.pointwise, *choice.pointwise);
   launch(*choice.depthwise, p.depthwise, x);
   launch(*choice.pointwise, p.pointwise, x);
   return y;
@@ -189,7 +136,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
 
   // The gradient of the pre-activation of the output: also the residual's, so never the incoming tensor itself.
   Tensor grad_z = grad;
-  if (last.kind != Activation::none || need_residual) grad_z = masked_gradient(pw, last, grad, last_saved, x);
+  if (last.kind != Activation::none || need_residual) {
+    const DepthwiseProblem map_of_y = map_problem(pw.dtype, pw.batch, pw.out_channels, pw.size, last);
+    grad_z = masked_gradient(kOp, map_of_y, grad, last_saved, x);
+  }
 
   Tensor grad_pointwise_weight = undefined(), grad_pointwise_bias = undefined();
   if (need_pointwise_weight || need_pointwise_bias) {
@@ -226,25 +176,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
                             need_depthwise_bias);
   }
   return {g.x, g.weight, grad_pointwise_weight, g.bias, grad_pointwise_bias, need_residual ? grad_z : undefined()};
-}
-
-Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight) {
-  const Packer* packer = packer_of(cpu_machine().target);
-  if (!pointwise_weight || !packer) return empty_bytes(depthwise_weight, 0);
-  DSCONV_CHECK(pointwise_weight->is_cpu(), "pointwise_weight", "a tensor that is not on the CPU", "a CPU tensor");
-  PointwiseProblem p{};
-  p.dtype = dtype_of("pointwise_weight", *pointwise_weight);
-  p.out_channels = pointwise_weight->size(0);
-  p.in_channels = pointwise_weight->size(1);
-  p.weight = view_of(*pointwise_weight);
-  Tensor packed = empty_bytes(depthwise_weight, sizeof(PackedHeader) + packer->bytes(p));
-  PackedHeader header{
-      {}, static_cast<int64_t>(cpu_machine().target), static_cast<int64_t>(p.dtype), p.in_channels, p.out_channels, {}};
-  std::memcpy(header.magic, kMagic, sizeof kMagic);
-  char* data = static_cast<char*>(packed.data_ptr());
-  std::memcpy(data, &header, sizeof header);
-  packer->pack(p, data + sizeof header);
-  return packed;
 }
 
 }  // namespace dsconv

@@ -21,7 +21,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     bool need_x, bool need_depthwise_weight, bool need_pointwise_weight, bool need_depthwise_bias,
     bool need_pointwise_bias, bool need_residual);
 
-// Pointwise weights as the CPU kernels of this machine read them, behind a header; empty when there are none.
-Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight);
-
 }  // namespace dsconv

@@ -1,0 +1,222 @@
+// The block kernels of the direct depthwise passes: a few outputs, all channels, straight on channels_last memory.
+//
+// One block of kRows x kPixels outputs is computed for all channels, a vector of channels at a time: an input vector is
+// loaded once and multiplied into every accumulator whose window holds it. Channels are the innermost loop, so each
+// input position is read as one contiguous run, and power-of-two pixel strides do not crowd a few cache sets. Borders:
+// rows and columns outside the tensor are left out, so padding costs nothing and never meets a weight.
+#pragma once
+
+#include "activation_rows.h"
+#include "unroll.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// Neighbouring taps that meet one row of the input. Offsets are in elements.
+struct Segment {
+  int64_t x;
+  int64_t weight[2];  // for the first and the second output row
+  int64_t low, high;  // the columns inside the tensor, counted from the column that output 0 reads first
+};
+
+// A row of the input and the rows of taps that meet it.
+struct InputRow {
+  int kind;  // 0: taps of the first output row, 1: of both, 2: of the second
+  int64_t x;
+  int64_t weight[2];
+};
+
+// The segments of up to kChain taps, sorted by the output rows they belong to: the first alone, both, the second alone.
+// Of each kind, those of kTaps taps come before those of one.
+struct SegmentGroup {
+  const Segment* begin;
+  const Segment* end[3][2];
+};
+
+// What a block kernel works on: one or two output rows of one phase.
+template <class S>
+struct DirectRow {
+  using T = Compute<S>;
+  const SegmentGroup* groups;
+  int64_t group_count;
+  const S* x;                     // channel 0 of the first column that output 0 reads, in row 0 of the image
+  S* y;                           // channel 0 of output 0
+  int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
+  int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
+  const T* weights;               // [block][tap][lane]
+  int64_t weight_block;           // elements of a block of weights
+  const T* bias;                  // [channels], or zeros for one block
+  int64_t bias_step;              // 1, or 0 for the zeros
+  int64_t channels;
+  ActivationSpec activation;
+  T* total;                       // scratch: the sums of the groups so far, where there are several
+};
+
+// Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
+                                      const T* weight1, uint64_t inside) {
+  Vec<T> w[2][kTaps];
+  unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+    w[0][t] = load(weight0 + t * kLanes<T>);
+    if constexpr (kRows == 2) w[1][t] = load(weight1 + t * kLanes<T>);
+  });
+  unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
+    if (kEdge && !(inside & (uint64_t{1} << column))) return;
+    Vec<T> value = load_wide<S>(x + column * x_step);
+    keep(value);
+    unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+      constexpr int offset = column - t, pixel = offset / kStride;
+      if constexpr (offset >= 0 && offset % kStride == 0 && pixel < kPixels) {
+        first[pixel] += value * w[0][t];
+        if constexpr (kRows == 2) second[pixel] += value * w[1][t];
+      }
+    });
+  });
+}
+
+// relu and relu6 stay in registers; the others go through memory, a row of values at a time.
+template <int kCount, class T>
+DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
+  if (spec.kind == Activation::none) return;
+  if (spec.kind == Activation::relu || spec.kind == Activation::relu6) {
+    const Vec<T> zero = splat(T(0)), six = splat(T(6));
+    const bool bounded = spec.kind == Activation::relu6;
+    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+      values[i] = values[i] < zero ? zero : values[i];
+      if (bounded) values[i] = values[i] > six ? six : values[i];
+    });
+    return;
+  }
+  T memory[kCount * kLanes<T>];
+  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { store(memory + i * kLanes<T>, values[i]); });
+  activate_row(spec, memory, kCount * kLanes<T>);
+  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { values[i] = load(memory + i * kLanes<T>); });
+}
+
+// All segments of one kind. kSecond: the accumulators are those of the second row.
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment* end, bool second_row, Vec<T>* first,
+                                                 Vec<T>* second, const DirectRow<S>& row, const S* x, const T* weights,
+                                                 int64_t column) {
+  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+  for (; s != end; ++s) {
+    uint64_t inside = 0;
+    if constexpr (kEdge) {
+      const int64_t low = max64(s->low - column, 0), high = min64(s->high - column, kColumns);
+      inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
+    }
+    accumulate_segment<S, kTaps, kStride, kRows, kPixels, kEdge>(first, second, x + s->x, row.x_step,
+                                                                 weights + s->weight[second_row],
+                                                                 weights + s->weight[1], inside);
+  }
+  return s;
+}
+
+// kRows x kPixels outputs from output `pixel` on, `runs` times side by side, all channels.
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
+static void direct_block(const DirectRow<S>& row, int64_t pixel, int64_t runs) {
+  using T = Compute<S>;
+  constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
+  for (; runs > 0; --runs, pixel += kPixels) {
+    const int64_t column = pixel * kStride;
+    const T* weights = row.weights;
+    for (int64_t next = 0; next < row.channels; next += kL, weights += row.weight_block) {
+      const int64_t c = min64(next, row.channels - kL);
+      const S* x = row.x + pixel * row.x_pixel + c;
+      Vec<T> acc[kCount];
+      const Vec<T> bias = load(row.bias + c * row.bias_step);
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
+      for (int64_t g = 0;;) {
+        const auto& end = row.groups[g].end;
+        const Segment* s = row.groups[g].begin;
+        unroll<(kRows == 2 ? 3 : 1)>([&]<int kind>() __attribute__((always_inline)) {
+          constexpr int kBoth = kind == 1 ? 2 : 1, kSecond = kind == 2;
+          Vec<T>* first = acc + kSecond * kPixels;
+          Vec<T>* second = acc + (kCount - kPixels);
+          if constexpr (kTaps > 1)
+            s = accumulate_segments<S, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
+                                                                              row, x, weights, column);
+          s = accumulate_segments<S, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
+                                                                        x, weights, column);
+        });
+        if (row.group_count > 1) {
+          unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+            store(row.total + i * kL, g == 0 ? acc[i] : load(row.total + i * kL) + acc[i]);
+            acc[i] = splat(T(0));
+          });
+        }
+        if (++g >= row.group_count) break;
+      }
+      if (row.group_count > 1) unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
+      activate_vectors<kCount, T>(row.activation, acc);
+      S* y = row.y + pixel * row.y_pixel + c;
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+        store_narrow<S>(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
+      });
+    }
+  }
+}
+
+// The block kernels of one number of taps and one stride, by output rows and pixels.
+template <class S>
+struct BlockKernels {
+  using Block = void (*)(const DirectRow<S>&, int64_t pixel, int64_t runs);
+  // Two rows of kWide: 14 (8) accumulators beside the weights and an input in 32 (16) registers; one row may be longer.
+  static constexpr int kWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kLong = 2 * kWide;
+  int taps, stride;
+  Block edge[2][kLong + 1], inner[2][kLong + 1];
+
+  template <int kTaps, int kStride>
+  static constexpr BlockKernels make() {
+    BlockKernels k{kTaps, kStride, {}, {}};
+    set_rows<kTaps, kStride, 1>(k);
+    set_rows<kTaps, kStride, 2>(k);
+    if constexpr (kStride == 1) {
+      k.edge[0][kLong] = direct_block<S, kTaps, kStride, 1, kLong, true>;
+      k.inner[0][kLong] = direct_block<S, kTaps, kStride, 1, kLong, false>;
+    }
+    return k;
+  }
+  template <int kTaps, int kStride, int kRows>
+  static constexpr void set_rows(BlockKernels& k) {
+    unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int kPixels = i + 1;
+      // Widths of 2 and 3 are rare where vectors are long: singles do.
+      if constexpr (kPixels == 1 || kPixels >= kWide / 2 + 1)
+        k.edge[kRows - 1][kPixels] = direct_block<S, kTaps, kStride, kRows, kPixels, true>;
+    });
+    k.inner[kRows - 1][kWide] = direct_block<S, kTaps, kStride, kRows, kWide, false>;
+  }
+
+  // Computes `count` outputs of which [inside_first, inside_last) read no padding.
+  void run(const DirectRow<S>& row, int rows, int64_t count, int64_t inside_first, int64_t inside_last) const {
+    const auto &at_edge = edge[rows - 1], &inside = inner[rows - 1];
+    for (int64_t pixel = 0; pixel < count;) {
+      const int64_t size = block_size(at_edge, count, count - pixel), first = min64(pixel, count - size);
+      const int64_t runs = first >= inside_first && inside[size] ? (min64(inside_last, count) - first) / size : 0;
+      if (runs > 0) {
+        inside[size](row, first, runs);
+      } else {
+        at_edge[size](row, first, 1);
+      }
+      pixel = first + max64(runs, 1) * size;
+    }
+  }
+
+  // Pixels of the next block of `count` when `left` are still to be computed. A block may reach back over pixels that are
+  // done already: computing them twice is cheaper than a block of few.
+  static int64_t block_size(const Block (&blocks)[kLong + 1], int64_t count, int64_t left) {
+    if (blocks[kLong] && left >= kLong) return kLong;
+    if (left == kWide + 1) return (kWide + 2) / 2;  // not kWide and one alone
+    int64_t size = min64(left, kWide);
+    while (size < min64(count, kWide) && !blocks[size]) ++size;
+    while (!blocks[size]) --size;
+    return size;
+  }
+};
+
+// Those whose taps divide a row of `taps` with the fewest left over, which go one by one. Defined in block_kernels.inc.
+template <class S>
+const BlockKernels<S>& block_kernels(int64_t taps, int64_t stride);
+
+}  // namespace dsconv::cpu::DSCONV_ISA

@@ -1,0 +1,84 @@
+// Depthwise convolution and its input gradient as one thing: correlations over phases.
+//
+// Neighbouring outputs of a dilated convolution read disjoint inputs, and so do neighbouring positions of the input
+// gradient of a strided one. Outputs that are some positions apart share what they read: a phase. Within one,
+// neighbouring outputs are `in_step` inputs apart and neighbouring taps `tap_step`, and in_step is a multiple of
+// tap_step. Every position of every tap belongs to exactly one phase, so nothing is computed for inserted zeros.
+#pragma once
+
+#include "vec.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// One phase of one dimension: output out_first + n * out_step reads input in_first + n * in_step + t * tap_step with
+// the tap at place tap_first + t of the packed weights.
+struct Phase {
+  int64_t count;  // outputs
+  int64_t out_first, out_step;
+  int64_t in_first, in_step, tap_step;
+  int64_t taps, tap_first;
+};
+
+DSCONV_INLINE constexpr int64_t gcd64(int64_t a, int64_t b) { return b == 0 ? a : gcd64(b, a % b); }
+
+// Division that rounds up (divisor > 0).
+DSCONV_INLINE constexpr int64_t ceil_of(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// From `source` to `target` positions: the forward pass reads window.in, the input gradient (transposed) window.out.
+struct Correlation {
+  Window window;
+  bool transposed;
+
+  const int64_t (&source() const)[3] { return transposed ? window.out : window.in; }
+  const int64_t (&target() const)[3] { return transposed ? window.in : window.out; }
+
+  int64_t phases(int dim) const {
+    const int64_t s = window.stride[dim], d = window.dilation[dim], g = gcd64(s, d);
+    return (transposed ? s : 1) * d / g;
+  }
+
+  // Tap classes of the input gradient: the taps u = u0 + i * classes meet the same phases. Packed weights hold class
+  // after class, each with descending u, so that inputs ascend.
+  int64_t classes(int dim) const {
+    return transposed ? window.stride[dim] / gcd64(window.stride[dim], window.dilation[dim]) : 1;
+  }
+  static constexpr int64_t class_size(int64_t taps, int64_t classes, int64_t u0) {
+    return u0 < taps ? ceil_div(taps - u0, classes) : 0;
+  }
+  // The tap at a place of the packed order.
+  int64_t tap_at(int dim, int64_t place) const {
+    if (!transposed) return place;
+    const int64_t step = classes(dim);
+    int64_t u0 = 0, size;
+    while (place >= (size = class_size(window.taps[dim], step, u0))) place -= size, ++u0;
+    return u0 + (size - 1 - place) * step;
+  }
+
+  Phase phase(int dim, int64_t index) const {
+    const int64_t s = window.stride[dim], d = window.dilation[dim], pad = window.pad[dim], step = phases(dim);
+    Phase p{max64(0, ceil_of(target()[dim] - index, step)), index, step, 0, 0, 0, 0, 0};
+    if (!transposed) {
+      p.in_first = index * s - pad;
+      p.in_step = s * step;
+      p.tap_step = d;
+      p.taps = window.taps[dim];
+      return p;
+    }
+    const int64_t tap_classes = classes(dim);
+    p.in_step = p.tap_step = step / s;
+    for (int64_t u0 = 0; u0 < tap_classes; ++u0) {
+      const int64_t taps = class_size(window.taps[dim], tap_classes, u0);
+      const int64_t last = index + pad - (u0 + (taps - 1) * tap_classes) * d;
+      if ((index + pad - u0 * d) % s == 0) {
+        p.taps = taps;
+        p.in_first = last / s;
+        return p;
+      }
+      p.tap_first += taps;
+    }
+    p.tap_first = 0;
+    return p;  // no tap reaches this phase: its outputs are zero
+  }
+};
+
+}  // namespace dsconv::cpu::DSCONV_ISA
