@@ -7,7 +7,7 @@ namespace dsconv {
 // The implementations live in objects compiled for their target; only their addresses are known here.
 #define DSCONV_DECLARE_CPU(isa)                                                                         \
   namespace cpu::isa {                                                                                  \
-  extern const Kernel<DepthwiseProblem> direct_forward, direct_grad_input;                              \
+  extern const Kernel<DepthwiseProblem> direct_forward, direct_grad_input, direct_grad_weight;          \
   extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight;             \
   extern const Kernel<DepthwiseProblem> flat_mask, tiled_mask;                                          \
   extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                                 \

@@ -6,7 +6,7 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 template <class T>
-static void activate_row(ActivationSpec spec, T* values, int64_t count) {
+__attribute__((noinline)) static void activate_row(ActivationSpec spec, T* values, int64_t count) {
   if (spec.kind == Activation::none) return;
   with_activation(spec.kind, [&]<Activation kind>() {
     const T param = static_cast<T>(spec.param);

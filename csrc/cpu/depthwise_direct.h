@@ -54,16 +54,16 @@ struct Direct {
   // Weights as [block][tap in the correlation's order][lane]; the last block ends with the last channel.
   static void pack_weights(T* packed, const DepthwiseProblem& p) {
     const Correlation c{p.window, kTransposed};
-    const int64_t *k = p.window.taps, *stride = p.weight.stride;
-    for (int64_t z = 0; z < k[0]; ++z) {
-      for (int64_t y = 0; y < k[1]; ++y) {
-        for (int64_t x = 0; x < k[2]; ++x) {
-          const S* tap = static_cast<const S*>(p.weight.data) + c.tap_at(0, z) * stride[2] + c.tap_at(1, y) * stride[3] +
-                         c.tap_at(2, x) * stride[4];
-          T* out = packed + ((z * k[1] + y) * k[2] + x) * kL;
-          for (int64_t next = 0; next < p.channels; next += kL, out += product(p.window.taps) * kL) {
-            const S* lanes = tap + min64(next, p.channels - kL) * stride[0];
-            for (int l = 0; l < kL; ++l) out[l] = widen(lanes[l * stride[0]]);
+    const int64_t *k = p.window.taps, *stride = p.weight.stride, taps = product(p.window.taps);
+    for (int64_t next = 0; next < p.channels; next += kL, packed += taps * kL) {
+      const S* block = static_cast<const S*>(p.weight.data) + min64(next, p.channels - kL) * stride[0];
+      T* out = packed;
+      for (int64_t z = 0; z < k[0]; ++z) {
+        for (int64_t y = 0; y < k[1]; ++y) {
+          const S* row = block + c.tap_at(0, z) * stride[2] + c.tap_at(1, y) * stride[3];
+          for (int64_t x = 0; x < k[2]; ++x, out += kL) {
+            const S* tap = row + c.tap_at(2, x) * stride[4];
+            for (int l = 0; l < kL; ++l) out[l] = widen(tap[l * stride[0]]);
           }
         }
       }

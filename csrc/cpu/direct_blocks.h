@@ -109,7 +109,7 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
                                                                  weights + s->weight[second_row],
                                                                  weights + s->weight[1], inside);
   }
-  return s;
+  return end;
 }
 
 // kRows x kPixels outputs from output `pixel` on, `runs` times side by side, all channels.
