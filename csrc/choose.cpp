@@ -7,12 +7,11 @@ namespace dsconv {
 // The implementations live in objects compiled for their target; only their addresses are known here.
 #define DSCONV_DECLARE_CPU(isa)                                                                         \
   namespace cpu::isa {                                                                                  \
-  extern const Kernel<DepthwiseProblem> direct_forward, direct_grad_input, direct_grad_weight;          \
-  extern const Kernel<DepthwiseProblem> tiled_forward, tiled_grad_input, tiled_grad_weight;             \
+  extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight;                \
   extern const Kernel<DepthwiseProblem> flat_mask, tiled_mask;                                          \
   extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                                 \
   extern const Kernel<SeparableProblem> fused_forward;                                                  \
-  extern const Packer<DepthwiseProblem> direct_packer;                                                  \
+  extern const Packer<DepthwiseProblem> rows_packer;                                                  \
   extern const Packer<PointwiseProblem> panel_packer;                                                   \
   }
 DSCONV_DECLARE_CPU(avx512)
@@ -40,10 +39,10 @@ const std::vector<Row>& kernel_table() {
 template <>
 const Packer<DepthwiseProblem>& packer_of(Target target) {
 #if DSCONV_X86
-  if (target == Target::avx512) return cpu::avx512::direct_packer;
-  if (target == Target::avx2) return cpu::avx2::direct_packer;
+  if (target == Target::avx512) return cpu::avx512::rows_packer;
+  if (target == Target::avx2) return cpu::avx2::rows_packer;
 #endif
-  return cpu::portable::direct_packer;
+  return cpu::portable::rows_packer;
 }
 template <>
 const Packer<PointwiseProblem>& packer_of(Target target) {

@@ -1,5 +1,5 @@
 #define DSCONV_ISA portable
 #define DSCONV_VECTOR_BYTES 16
-#define DSCONV_STORAGE float
+#define DSCONV_COMPUTE float
 
 #include "cpu/block_kernels.inc"

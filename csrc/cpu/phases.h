@@ -15,33 +15,47 @@ namespace dsconv::cpu::DSCONV_ISA {
 struct Phase {
   int64_t count;  // outputs
   int64_t out_first, out_step;
-  int64_t in_first, in_step, tap_step;
+  int64_t in_first, in_step, tap_step, apart;  // apart = in_step / tap_step
   int64_t taps, tap_first;
 };
 
-DSCONV_INLINE constexpr int64_t gcd64(int64_t a, int64_t b) { return b == 0 ? a : gcd64(b, a % b); }
+DSCONV_INLINE constexpr int64_t gcd64(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
 
-// Division that rounds up (divisor > 0).
-DSCONV_INLINE constexpr int64_t ceil_of(int64_t a, int64_t b) { return -floor_div(-a, b); }
+// Divisions that round up and down (divisor > 0); by 1, the usual case, none takes place.
+DSCONV_INLINE constexpr int64_t ceil_of(int64_t a, int64_t b) { return b == 1 ? a : -floor_div(-a, b); }
+DSCONV_INLINE constexpr int64_t floor_of(int64_t a, int64_t b) { return b == 1 ? a : floor_div(a, b); }
 
 // From `source` to `target` positions: the forward pass reads window.in, the input gradient (transposed) window.out.
 struct Correlation {
   Window window;
   bool transposed;
+  int64_t phase_count[3], class_count[3];  // divisions are slow: done once
+
+  static Correlation of(const Window& window, bool transposed) {
+    Correlation c{window, transposed, {}, {}};
+    for (int dim = 0; dim < 3; ++dim) {
+      const int64_t s = window.stride[dim], d = window.dilation[dim], g = gcd64(s, d);
+      c.phase_count[dim] = (transposed ? s : 1) * d / g;
+      c.class_count[dim] = transposed ? s / g : 1;
+    }
+    return c;
+  }
 
   const int64_t (&source() const)[3] { return transposed ? window.out : window.in; }
   const int64_t (&target() const)[3] { return transposed ? window.in : window.out; }
 
-  int64_t phases(int dim) const {
-    const int64_t s = window.stride[dim], d = window.dilation[dim], g = gcd64(s, d);
-    return (transposed ? s : 1) * d / g;
-  }
+  int64_t phases(int dim) const { return phase_count[dim]; }
 
   // Tap classes of the input gradient: the taps u = u0 + i * classes meet the same phases. Packed weights hold class
   // after class, each with descending u, so that inputs ascend.
-  int64_t classes(int dim) const {
-    return transposed ? window.stride[dim] / gcd64(window.stride[dim], window.dilation[dim]) : 1;
-  }
+  int64_t classes(int dim) const { return class_count[dim]; }
   static constexpr int64_t class_size(int64_t taps, int64_t classes, int64_t u0) {
     return u0 < taps ? ceil_div(taps - u0, classes) : 0;
   }
@@ -49,6 +63,7 @@ struct Correlation {
   int64_t tap_at(int dim, int64_t place) const {
     if (!transposed) return place;
     const int64_t step = classes(dim);
+    if (step == 1) return window.taps[dim] - 1 - place;
     int64_t u0 = 0, size;
     while (place >= (size = class_size(window.taps[dim], step, u0))) place -= size, ++u0;
     return u0 + (size - 1 - place) * step;
@@ -56,15 +71,22 @@ struct Correlation {
 
   Phase phase(int dim, int64_t index) const {
     const int64_t s = window.stride[dim], d = window.dilation[dim], pad = window.pad[dim], step = phases(dim);
-    Phase p{max64(0, ceil_of(target()[dim] - index, step)), index, step, 0, 0, 0, 0, 0};
+    Phase p{step == 1 ? target()[dim] : max64(0, ceil_of(target()[dim] - index, step)), index, step, 0, 0, 0, 1, 0, 0};
     if (!transposed) {
       p.in_first = index * s - pad;
       p.in_step = s * step;
       p.tap_step = d;
+      p.apart = step == d ? s : s * step / d;
       p.taps = window.taps[dim];
       return p;
     }
     const int64_t tap_classes = classes(dim);
+    if (step == 1) {  // flipped taps
+      p.in_step = p.tap_step = 1;
+      p.taps = window.taps[dim];
+      p.in_first = pad - (p.taps - 1);
+      return p;
+    }
     p.in_step = p.tap_step = step / s;
     for (int64_t u0 = 0; u0 < tap_classes; ++u0) {
       const int64_t taps = class_size(window.taps[dim], tap_classes, u0);

@@ -228,7 +228,7 @@ struct Fused {
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
     const int64_t panels =
         p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
-    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p.depthwise, 1)) + piece_bytes<T>(panels) +
+    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p.depthwise)) + piece_bytes<T>(panels) +
            threads * slot_bytes(p, plan_of(p));
   }
   static void launch(const SeparableProblem& problem, const Runtime& runtime, void* workspace) {
@@ -238,8 +238,8 @@ struct Fused {
     const int64_t channels = pw.in_channels, lda = row_stride<T>(channels), taps = product(dw.window.taps),
                   positions = staged(problem, plan);
     Arena arena = arena_at(workspace);
-    T* weights = take<T>(arena, packed_depthwise_count<T>(dw, 1));
-    const bool finite = pack_depthwise<S>(weights, dw, 1);
+    T* weights = take<T>(arena, packed_depthwise_count<T>(dw));
+    const bool finite = pack_depthwise<S>(weights, dw);
     const T* panels = static_cast<const T*>(pw.packed);
     if (!panels) {
       T* packed = take<T>(arena, packed_panels_count<T>(pw.out_channels, channels));

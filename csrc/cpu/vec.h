@@ -19,7 +19,10 @@ namespace dsconv::cpu::DSCONV_ISA {
 constexpr int kVectorBytes = DSCONV_VECTOR_BYTES;
 constexpr int kBlockBytes = 64;  // channels are handled in blocks of one cache line of the compute type
 
-constexpr int64_t kChain = 64;   // longest chain of additions: partial sums keep longer sums in float32 accurate
+// Longest chain of additions: partial sums keep longer sums in float32 accurate. Without fused multiply-adds, products
+// are rounded too.
+constexpr int64_t kChain = DSCONV_VECTOR_BYTES > 16 ? 64 : 16;
+constexpr int64_t kPositionChain = 16;  // the same for sums over positions, where terms of both signs cancel
 
 template <class T>
 constexpr int kBlock = kBlockBytes / sizeof(T);

@@ -1,4 +1,4 @@
 #define DSCONV_ISA portable
 #define DSCONV_VECTOR_BYTES 16
 
-#include "cpu/direct_kernels.inc"
+#include "cpu/mask_kernels.inc"

@@ -1,4 +1,4 @@
-// The block kernels of the direct depthwise passes: a few outputs, all channels, straight on channels_last memory.
+// The block kernels of the depthwise passes: a few outputs, all channels, on rows of columns of channels.
 //
 // One block of kRows x kPixels outputs is computed for all channels, a vector of channels at a time: an input vector is
 // loaded once and multiplied into every accumulator whose window holds it. Channels are the innermost loop, so each
@@ -32,28 +32,32 @@ struct SegmentGroup {
   const Segment* end[3][2];
 };
 
+// The first channel of a block: the last block ends with the last channel, where there are that many.
+template <class T>
+DSCONV_INLINE int64_t block_channel(int64_t next, int64_t channels) {
+  return max64(0, min64(next, channels - kLanes<T>));
+}
+
 // What a block kernel works on: one or two output rows of one phase.
-template <class S>
-struct DirectRow {
-  using T = Compute<S>;
+template <class T>
+struct BlockRow {
   const SegmentGroup* groups;
   int64_t group_count;
-  const S* x;                     // channel 0 of the first column that output 0 reads, in row 0 of the image
-  S* y;                           // channel 0 of output 0
+  const T* x;                     // channel 0 of the first column that output 0 reads, in row 0 of the image
+  T* y;                           // channel 0 of output 0
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
   const T* weights;               // [block][tap][lane]
   int64_t weight_block;           // elements of a block of weights
-  const T* bias;                  // [channels], or zeros for one block
-  int64_t bias_step;              // 1, or 0 for the zeros
-  int64_t channels;
+  const T* bias;                  // [channels], at least a vector
+  int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
   T* total;                       // scratch: the sums of the groups so far, where there are several
 };
 
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
-template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
-DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
+template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
+DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const T* x, int64_t x_step, const T* weight0,
                                       const T* weight1, uint64_t inside) {
   Vec<T> w[2][kTaps];
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
@@ -62,7 +66,7 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !(inside & (uint64_t{1} << column))) return;
-    Vec<T> value = load_wide<S>(x + column * x_step);
+    Vec<T> value = load(x + column * x_step);
     keep(value);
     unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
       constexpr int offset = column - t, pixel = offset / kStride;
@@ -94,9 +98,9 @@ DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
 }
 
 // All segments of one kind. kSecond: the accumulators are those of the second row.
-template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
 DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment* end, bool second_row, Vec<T>* first,
-                                                 Vec<T>* second, const DirectRow<S>& row, const S* x, const T* weights,
+                                                 Vec<T>* second, const BlockRow<T>& row, const T* x, const T* weights,
                                                  int64_t column) {
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   for (; s != end; ++s) {
@@ -105,26 +109,30 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
       const int64_t low = max64(s->low - column, 0), high = min64(s->high - column, kColumns);
       inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
     }
-    accumulate_segment<S, kTaps, kStride, kRows, kPixels, kEdge>(first, second, x + s->x, row.x_step,
+    accumulate_segment<T, kTaps, kStride, kRows, kPixels, kEdge>(first, second, x + s->x, row.x_step,
                                                                  weights + s->weight[second_row],
                                                                  weights + s->weight[1], inside);
   }
   return end;
 }
 
+// Kernels of 5 and 7 taps, and of one, also take single taps; the others serve rows that they divide. (Each doubles the
+// code.)
+template <int kTaps>
+constexpr bool kHasSingles = kTaps == 1 || kTaps >= 5;
+
 // kRows x kPixels outputs from output `pixel` on, `runs` times side by side, all channels.
-template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
-static void direct_block(const DirectRow<S>& row, int64_t pixel, int64_t runs) {
-  using T = Compute<S>;
+template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
+static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
   for (; runs > 0; --runs, pixel += kPixels) {
     const int64_t column = pixel * kStride;
-    const T* weights = row.weights;
-    for (int64_t next = 0; next < row.channels; next += kL, weights += row.weight_block) {
-      const int64_t c = min64(next, row.channels - kL);
-      const S* x = row.x + pixel * row.x_pixel + c;
+    const T* weights = row.weights + row.first / kL * row.weight_block;
+    for (int64_t next = row.first; next < row.last; next += kL, weights += row.weight_block) {
+      const int64_t c = block_channel<T>(next, row.channels);
+      const T* x = row.x + pixel * row.x_pixel + c;
       Vec<T> acc[kCount];
-      const Vec<T> bias = load(row.bias + c * row.bias_step);
+      const Vec<T> bias = load(row.bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
       for (int64_t g = 0;;) {
         const auto& end = row.groups[g].end;
@@ -134,9 +142,10 @@ static void direct_block(const DirectRow<S>& row, int64_t pixel, int64_t runs) {
           Vec<T>* first = acc + kSecond * kPixels;
           Vec<T>* second = acc + (kCount - kPixels);
           if constexpr (kTaps > 1)
-            s = accumulate_segments<S, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
+            s = accumulate_segments<T, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
                                                                               row, x, weights, column);
-          s = accumulate_segments<S, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
+          if constexpr (kHasSingles<kTaps>)
+            s = accumulate_segments<T, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
                                                                         x, weights, column);
         });
         if (row.group_count > 1) {
@@ -149,31 +158,32 @@ static void direct_block(const DirectRow<S>& row, int64_t pixel, int64_t runs) {
       }
       if (row.group_count > 1) unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
-      S* y = row.y + pixel * row.y_pixel + c;
+      T* y = row.y + pixel * row.y_pixel + c;
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-        store_narrow<S>(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
+        store(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
       });
     }
   }
 }
 
 // The block kernels of one number of taps and one stride, by output rows and pixels.
-template <class S>
+template <class T>
 struct BlockKernels {
-  using Block = void (*)(const DirectRow<S>&, int64_t pixel, int64_t runs);
+  using Block = void (*)(const BlockRow<T>&, int64_t pixel, int64_t runs);
   // Two rows of kWide: 14 (8) accumulators beside the weights and an input in 32 (16) registers; one row may be longer.
   static constexpr int kWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kLong = 2 * kWide;
   int taps, stride;
+  bool exact;  // only for rows that `taps` divides
   Block edge[2][kLong + 1], inner[2][kLong + 1];
 
   template <int kTaps, int kStride>
   static constexpr BlockKernels make() {
-    BlockKernels k{kTaps, kStride, {}, {}};
+    BlockKernels k{kTaps, kStride, !kHasSingles<kTaps>, {}, {}};
     set_rows<kTaps, kStride, 1>(k);
     set_rows<kTaps, kStride, 2>(k);
     if constexpr (kStride == 1) {
-      k.edge[0][kLong] = direct_block<S, kTaps, kStride, 1, kLong, true>;
-      k.inner[0][kLong] = direct_block<S, kTaps, kStride, 1, kLong, false>;
+      k.edge[0][kLong] = row_block<T, kTaps, kStride, 1, kLong, true>;
+      k.inner[0][kLong] = row_block<T, kTaps, kStride, 1, kLong, false>;
     }
     return k;
   }
@@ -181,15 +191,15 @@ struct BlockKernels {
   static constexpr void set_rows(BlockKernels& k) {
     unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
       constexpr int kPixels = i + 1;
-      // Widths of 2 and 3 are rare where vectors are long: singles do.
-      if constexpr (kPixels == 1 || kPixels >= kWide / 2 + 1)
-        k.edge[kRows - 1][kPixels] = direct_block<S, kTaps, kStride, kRows, kPixels, true>;
+      // The others may reach back over finished pixels or do with singles.
+      if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1)
+        k.edge[kRows - 1][kPixels] = row_block<T, kTaps, kStride, kRows, kPixels, true>;
     });
-    k.inner[kRows - 1][kWide] = direct_block<S, kTaps, kStride, kRows, kWide, false>;
+    if constexpr (kRows == 2 || kStride > 1) k.inner[kRows - 1][kWide] = row_block<T, kTaps, kStride, kRows, kWide, false>;
   }
 
   // Computes `count` outputs of which [inside_first, inside_last) read no padding.
-  void run(const DirectRow<S>& row, int rows, int64_t count, int64_t inside_first, int64_t inside_last) const {
+  void run(const BlockRow<T>& row, int rows, int64_t count, int64_t inside_first, int64_t inside_last) const {
     const auto &at_edge = edge[rows - 1], &inside = inner[rows - 1];
     for (int64_t pixel = 0; pixel < count;) {
       const int64_t size = block_size(at_edge, count, count - pixel), first = min64(pixel, count - size);
@@ -216,7 +226,7 @@ struct BlockKernels {
 };
 
 // Those whose taps divide a row of `taps` with the fewest left over, which go one by one. Defined in block_kernels.inc.
-template <class S>
-const BlockKernels<S>& block_kernels(int64_t taps, int64_t stride);
+template <class T>
+const BlockKernels<T>& block_kernels(int64_t taps, int64_t stride);
 
 }  // namespace dsconv::cpu::DSCONV_ISA

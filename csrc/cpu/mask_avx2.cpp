@@ -1,4 +1,4 @@
 #define DSCONV_ISA avx2
 #define DSCONV_VECTOR_BYTES 32
 
-#include "cpu/depthwise_kernels.inc"
+#include "cpu/mask_kernels.inc"

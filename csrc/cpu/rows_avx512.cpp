@@ -1,4 +1,4 @@
 #define DSCONV_ISA avx512
 #define DSCONV_VECTOR_BYTES 64
 
-#include "cpu/direct_kernels.inc"
+#include "cpu/rows_kernels.inc"

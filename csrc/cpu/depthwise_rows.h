@@ -1,0 +1,251 @@
+// Depthwise correlation by rows of columns: the forward pass and the input gradient.
+#pragma once
+
+#include "row_blocks.h"
+#include "kernel_of.h"
+#include "phases.h"
+#include "row_stage.h"
+#include "tasks.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// Weights as [block][part][tap in the correlation's order][lane]: lane l of a block is filter (c + l) * parts + part,
+// where the last block ends with the last channel.
+template <class S, class T = Compute<S>>
+static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c, int64_t channels, int64_t parts) {
+  constexpr int kL = kLanes<T>;
+  const int64_t *k = p.window.taps, *stride = p.weight.stride;
+  for (int64_t next = 0; next < channels; next += kL) {
+    const int64_t first = block_channel<T>(next, channels), lanes = min64(kL, channels);
+    for (int64_t part = 0; part < parts; ++part) {
+      const S* block = static_cast<const S*>(p.weight.data) + (first * parts + part) * stride[0];
+      for (int64_t z = 0; z < k[0]; ++z) {
+        for (int64_t y = 0; y < k[1]; ++y) {
+          const S* row = block + c.tap_at(0, z) * stride[2] + c.tap_at(1, y) * stride[3];
+          for (int64_t x = 0; x < k[2]; ++x, packed += kL) {
+            const S* tap = row + c.tap_at(2, x) * stride[4];
+            for (int l = 0; l < kL; ++l) packed[l] = l < lanes ? widen(tap[l * parts * stride[0]]) : T(0);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class S, bool kTransposed>
+struct Rows {
+  using T = Compute<S>;
+  static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
+
+  // A task is one or two output rows of one phase, over the whole width and a chunk of channels.
+  struct Plan {
+    Correlation c;
+    int64_t channels, parts;  // of the output; input channels that meet in one of them
+    int64_t blocks, taps, chunk, chunks, pairs, tasks;
+    int64_t rows, segments, groups;  // at most, for a pair
+    RowStage<S> in;
+    bool direct_out;
+  };
+  static Plan plan_of(const DepthwiseProblem& p) {
+    Plan plan{};
+    plan.c = Correlation::of(p.window, kTransposed);
+    const Window& w = p.window;
+    plan.parts = kTransposed ? p.multiplier : 1;
+    plan.channels = kTransposed ? p.channels : p.channels * p.multiplier;
+    plan.blocks = ceil_div(plan.channels, kL);
+    plan.taps = product(w.taps) * plan.parts;
+
+    RowStage<S>& in = plan.in;
+    in.view = kTransposed ? p.grad : p.x;
+    in.map = {plan.channels, plan.parts, kTransposed ? 1 : p.multiplier};
+    in.direct = RowStage<S>::is_direct(in.view, in.map);
+    const auto &source = plan.c.source(), &target = plan.c.target();
+    const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
+    in.planes = min64(source[0], (w.taps[0] - 1) * z.tap_step + 1);
+    in.rows = min64(source[1], (w.taps[1] - 1) * y.tap_step + y.in_step + 1);
+    plan.direct_out = RowStage<S>::is_direct(kTransposed ? p.grad_x : p.y, {plan.channels, 1, 1});
+
+    int64_t column = 0;  // elements per channel in the ring and in the rows of outputs
+    if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
+    if (!plan.direct_out) column += 2 * target[2];
+    const int64_t fit = column == 0 ? plan.blocks : kRingBytes / (column * kL * static_cast<int64_t>(sizeof(T)));
+    const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;  // half types: a cache line of channels
+    plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
+    plan.chunk = ceil_div(plan.blocks, plan.chunks) * kL;
+    plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
+    in.lanes = plan.chunk;
+
+    plan.rows = plan.parts * w.taps[0] * (w.taps[1] + min64(w.taps[1], w.stride[1]));
+    plan.segments = plan.rows * w.taps[2];
+    plan.groups = max64(1, plan.rows * ceil_div(w.taps[2], kChain / 2));
+    plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
+    plan.tasks = p.batch * target[0] * plan.chunks * plan.c.phases(1) * plan.pairs;
+    return plan;
+  }
+  static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
+  static int64_t slot_bytes(Plan& plan) {
+    plan.in.size = plan.c.source();
+    return piece_bytes<T>(kTotals) + piece_bytes<InputRow>(plan.rows) + piece_bytes<Segment>(plan.segments) +
+           piece_bytes<SegmentGroup>(plan.groups) + piece_bytes<T>(output_count(plan)) + plan.in.scratch();
+  }
+  static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
+  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
+    Plan plan = plan_of(p);
+    const int64_t packed = p.packed && !kTransposed ? 0 : packed_count(plan);
+    return kBlockBytes + piece_bytes<T>(packed) + piece_bytes<T>(plan.blocks * kL) + threads * slot_bytes(plan);
+  }
+
+  // The rows of the input that output rows n and n + 1 of phase y meet at output n_z of phase z.
+  static int64_t list_rows(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
+                           int rows, InputRow* list) {
+    const auto& size = plan.c.source();
+    const int64_t *k = plan.c.window.taps, apart = y.apart;
+    InputRow* next = list;
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      for (int64_t u = 0; u < z.taps; ++u) {
+        const int64_t d = z.in_first + n_z * z.in_step + u * z.tap_step;
+        if (d < 0 || d >= size[0]) continue;
+        for (int64_t q = 0; q < y.taps + (rows - 1) * apart; ++q) {
+          const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
+          const bool first = q < y.taps, second = rows == 2 && q >= apart;
+          if (h < 0 || h >= size[1] || !(first || second)) continue;
+          auto weight = [&](int64_t v) {
+            return (((part * k[0] + z.tap_first + u) * k[1]) + y.tap_first + v) * k[2] * kL;
+          };
+          *next++ = {first && second ? 1 : first ? 0 : 2, in.row(part, d, h), {weight(q), weight(q - apart)}};
+        }
+      }
+    }
+    return next - list;
+  }
+
+  // The segments of those rows, in groups of up to kChain taps; returns the number of groups.
+  static int64_t list_segments(const InputRow* rows, int64_t row_count, const Phase& x, int64_t x_step, int64_t width,
+                               const BlockKernels<T>& kernels, Segment* segment, SegmentGroup* group) {
+    const int64_t apart = x.apart, unit = kernels.stride == apart ? 1 : apart;
+    const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(width - x.in_first, x.tap_step);
+    const int64_t row_band = max64(1, kChain / max64(x.taps, 1));
+    const int64_t tap_band = min64(x.taps, kChain / kernels.taps * kernels.taps);
+    const SegmentGroup* begin = group;
+    for (int64_t r = 0; r < row_count; r += row_band) {
+      for (int64_t t = 0; t < x.taps; t += tap_band, ++group) {
+        const int64_t taps = min64(tap_band, x.taps - t);
+        const int64_t whole = kernels.taps > 1 ? taps / kernels.taps * kernels.taps : 0;
+        group->begin = segment;
+        for (int kind = 0; kind < 3; ++kind) {
+          for (int single = 0; single < 2; ++single) {
+            for (int64_t i = r; i < min64(r + row_band, row_count); ++i) {
+              if (rows[i].kind != kind) continue;
+              for (int64_t v = t + single * whole; v < t + (single ? taps : whole); v += single ? 1 : kernels.taps) {
+                const int64_t place = (x.tap_first + v) * kL;
+                *segment++ = {rows[i].x + v * x_step,
+                              {rows[i].weight[0] + place, rows[i].weight[1] + place},
+                              ceil_of(low - v, unit),
+                              ceil_of(high - v, unit)};
+              }
+            }
+            group->end[kind][single] = segment;
+          }
+        }
+      }
+    }
+    if (group == begin) *group++ = {};  // no tap reaches these outputs
+    return group - begin;
+  }
+
+  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
+    Plan plan = plan_of(p);
+    const int64_t own_bytes = slot_bytes(plan);
+    Arena arena = arena_at(workspace);
+    const T* weights = kTransposed ? nullptr : static_cast<const T*>(p.packed);
+    if (!weights) {
+      T* packed = take<T>(arena, packed_count(plan));
+      pack_taps<S>(packed, p, plan.c, plan.channels, plan.parts);
+      weights = packed;
+    }
+    T* bias = take<T>(arena, plan.blocks * kL);
+    const S* given = kTransposed ? nullptr : static_cast<const S*>(p.bias.data);
+    for (int64_t c = 0; c < plan.blocks * kL; ++c)
+      bias[c] = given && c < plan.channels ? widen(given[c * p.bias.stride[0]]) : T(0);
+
+    BlockRow<T> row{};
+    row.weights = weights;
+    row.weight_block = plan.taps * kL;
+    row.bias = bias;
+    row.channels = plan.channels;
+    row.activation = kTransposed ? ActivationSpec{Activation::none, 0} : p.activation;
+    const View& to = kTransposed ? p.grad_x : p.y;
+    auto body = [&](int64_t task, int64_t end, int64_t slot) {
+      Arena own{arena.next + slot * own_bytes};
+      InputRow* rows = take<InputRow>(own, plan.rows);
+      Segment* segments = take<Segment>(own, plan.segments);
+      SegmentGroup* groups = take<SegmentGroup>(own, plan.groups);
+      BlockRow<T> mine = row;
+      mine.groups = groups;
+      mine.total = take<T>(own, kTotals);
+      T* outputs = take<T>(own, output_count(plan));
+      RowStage<S> in = plan.in;
+      in.take_scratch(own);
+      for (; task < end; ++task) {
+        int64_t at = task;
+        const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.c.phases(1);
+        const int64_t chunk = (at /= plan.c.phases(1)) % plan.chunks;
+        const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
+        const Phase z = plan.c.phase(0, d % plan.c.phases(0)), y = plan.c.phase(1, y_phase);
+        const int row_count = static_cast<int>(min64(2, y.count - n));
+        if (row_count <= 0) continue;
+        mine.first = chunk * plan.chunk;
+        mine.last = min64(mine.first + plan.chunk, plan.channels);
+        const int64_t base = block_channel<T>(mine.first, plan.channels);
+        in.begin(image, base);
+        const int64_t inputs = list_rows(plan, in, z, d / z.out_step, y, n, row_count, rows);
+        S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
+                    (y.out_first + n * y.out_step) * to.stride[3];
+        T* y0 = plan.direct_out ? reinterpret_cast<T*>(target) : outputs - base;
+        const int64_t column = plan.direct_out ? to.stride[4] : plan.chunk, width = plan.c.target()[2];
+        mine.y_row = plan.direct_out ? y.out_step * to.stride[3] : width * plan.chunk;
+        compute_rows(plan, mine, in, inputs, row_count, rows, segments, groups, y0, column);
+        for (int r = 0; r < row_count && !plan.direct_out; ++r) {
+          RowCopy<S>::scatter(target + r * y.out_step * to.stride[3], outputs + r * width * plan.chunk, plan.chunk, base,
+                              mine.last, to.stride[1], to.stride[4], width);
+        }
+      }
+    };
+    for_slots(runtime, plan.tasks, thread_slots(runtime, plan.tasks, depthwise_flops(p)), body);
+  }
+
+  // One or two rows of outputs, every phase of columns.
+  static void compute_rows(const Plan& plan, BlockRow<T>& row, const RowStage<S>& in, int64_t inputs, int row_count,
+                           const InputRow* rows, Segment* segments, SegmentGroup* groups, T* y, int64_t y_column) {
+    const int64_t width = plan.c.source()[2], column = in.column();
+    for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+      const Phase x = plan.c.phase(2, i);
+      if (x.count == 0) break;
+      const int64_t apart = x.apart, step = x.tap_step * column;
+      const BlockKernels<T>& kernels = block_kernels<T>(x.taps, apart);
+      row.group_count = list_segments(rows, inputs, x, step, width, kernels, segments, groups);
+      row.x = in.origin() + x.in_first * column;
+      row.y = y + x.out_first * y_column;
+      row.x_pixel = x.in_step * column;
+      row.x_step = kernels.stride == apart ? step : row.x_pixel;
+      row.y_pixel = x.out_step * y_column;
+      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(width - x.in_first, x.tap_step);
+      kernels.run(row, row_count, x.count, ceil_of(low, apart), floor_of(high - x.taps, apart) + 1);
+    }
+  }
+};
+
+template <class S>
+struct RowsForward : Rows<S, false> {
+  static size_t bytes(const DepthwiseProblem& p) {
+    using T = Compute<S>;
+    return sizeof(T) * ceil_div(p.channels * p.multiplier, kLanes<T>) * kLanes<T> * product(p.window.taps);
+  }
+  static void pack(const DepthwiseProblem& p, void* out) {
+    pack_taps<S>(static_cast<Compute<S>*>(out), p, Correlation::of(p.window, false), p.channels * p.multiplier, 1);
+  }
+};
+template <class S>
+struct RowsGradInput : Rows<S, true> {};
+
+}  // namespace dsconv::cpu::DSCONV_ISA

@@ -1,0 +1,144 @@
+// Rows of a tensor as the block kernels want them: columns of neighbouring channels in the compute type. A tensor that is
+// channels_last in that type already is used where it lies; of any other (half types, contiguous, depth multipliers, few
+// channels) the rows in use are copied into a ring that stays in the cache, each of them once.
+#pragma once
+
+#include "transpose.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// Channels of a tensor that a row of lanes holds: lane l is channel (base + l) * step / divide + plus, zero past `count`.
+struct ChannelMap {
+  int64_t count;  // of lanes with a channel, over the whole tensor
+  int64_t step, divide;
+};
+
+// One row of `width` columns into [column][lanes], or back. src and dst point at channel 0, column 0.
+template <class S>
+struct RowCopy {
+  using T = Compute<S>;
+  static constexpr int kL = kLanes<T>;
+
+  static void gather(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
+                     int64_t channel_stride, int64_t column_stride, int64_t width) {
+    const int64_t filled = min64(lanes, map.count - base);
+    const bool plain = map.step == 1 && map.divide == 1;
+    if (plain && channel_stride == 1) {
+      src += base;
+      for (int64_t w = 0; w < width; ++w, src += column_stride, tile += lanes) {
+        int64_t l = 0;
+        for (; l + kL <= filled; l += kL) store(tile + l, load_wide<S>(src + l));
+        for (; l < lanes; l += kL) store(tile + l, load_part<S>(src + l, max64(0, filled - l)));
+      }
+      return;
+    }
+    auto channel = [&](int64_t l) { return src + ((base + l) * map.step / map.divide + plus) * channel_stride; };
+    for (int64_t l = 0; l < lanes; l += kL) {
+      const int64_t count = max64(0, min64(kL, filled - l));
+      for (int64_t w = 0; w < width; w += kL) {
+        const int64_t columns = min64(kL, width - w);
+        T* out = tile + w * lanes + l;
+        if (column_stride == 1) {
+          Vec<T> block[kL];
+          for (int i = 0; i < kL; ++i) block[i] = i < count ? load_part<S>(channel(l + i) + w, columns) : splat(T(0));
+          transpose<T>(block);
+          for (int64_t i = 0; i < columns; ++i) store(out + i * lanes, block[i]);
+        } else {
+          for (int64_t i = 0; i < columns; ++i) {
+            for (int k = 0; k < kL; ++k) out[i * lanes + k] = k < count ? widen(channel(l + k)[(w + i) * column_stride]) : T(0);
+          }
+        }
+      }
+    }
+  }
+
+  static void scatter(S* dst, const T* tile, int64_t lanes, int64_t base, int64_t count, int64_t channel_stride,
+                      int64_t column_stride, int64_t width) {
+    dst += base * channel_stride;
+    const int64_t filled = min64(lanes, count - base);
+    if (channel_stride == 1) {
+      for (int64_t w = 0; w < width; ++w, dst += column_stride, tile += lanes) {
+        int64_t l = 0;
+        for (; l + kL <= filled; l += kL) store_narrow<S>(dst + l, load(tile + l));
+        if (l < filled) store_part<S>(dst + l, load(tile + l), filled - l);
+      }
+      return;
+    }
+    for (int64_t l = 0; l < filled; l += kL) {
+      const int64_t channels = min64(kL, filled - l);
+      for (int64_t w = 0; w < width; w += kL) {
+        const int64_t columns = min64(kL, width - w);
+        const T* in = tile + w * lanes + l;
+        S* out = dst + l * channel_stride + w * column_stride;
+        if (column_stride == 1) {
+          Vec<T> block[kL];
+          for (int64_t i = 0; i < kL; ++i) block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
+          transpose<T>(block);
+          for (int64_t k = 0; k < channels; ++k) store_part<S>(out + k * channel_stride, block[k], columns);
+        } else {
+          for (int64_t k = 0; k < channels; ++k) {
+            for (int64_t i = 0; i < columns; ++i) narrow(in[i * lanes + k], out + k * channel_stride + i * column_stride);
+          }
+        }
+      }
+    }
+  }
+};
+
+constexpr int64_t kRingBytes = 24 << 10;  // of the rows in use: with the outputs they stay in an L1 of 32 KiB
+
+// The rows of one tensor. `planes` and `rows` bound how far apart the rows in use at one time are in depth and height.
+template <class S>
+struct RowStage {
+  using T = Compute<S>;
+  static constexpr int kL = kLanes<T>;
+
+  View view;
+  const int64_t* size;  // D, H, W
+  ChannelMap map;
+  bool direct;
+  int64_t planes, rows;
+  T* tile;
+  int64_t* held;  // the row in each place of the ring, or -1
+  int64_t lanes;  // of a column of the tile
+  int64_t image, base;
+
+  static bool is_direct(const View& v, const ChannelMap& map) {
+    return sizeof(S) == sizeof(T) && v.stride[1] == 1 && map.step == 1 && map.divide == 1 && map.count >= kL;
+  }
+  int64_t places() const { return direct ? 0 : planes * rows * map.step; }
+  int64_t row_elements() const { return size[2] * lanes; }
+  int64_t scratch() const { return piece_bytes<int64_t>(places()) + piece_bytes<T>(places() * row_elements()); }
+  void take_scratch(Arena& arena) {
+    held = take<int64_t>(arena, places());
+    tile = take<T>(arena, places() * row_elements());
+    image = -1;
+  }
+
+  void begin(int64_t new_image, int64_t new_base) {
+    if (new_image == image && new_base == base) return;
+    image = new_image;
+    base = new_base;
+    for (int64_t i = 0; i < places(); ++i) held[i] = -1;
+  }
+  int64_t column() const { return direct ? view.stride[4] : lanes; }
+  // The channel that offset 0 of a row would hold.
+  const T* origin() const {
+    if (direct) return static_cast<const T*>(view.data) + image * view.stride[0];
+    return tile - base;
+  }
+  // Offset of the row in (depth, height); `plus` selects one of map.step channels per lane.
+  int64_t row(int64_t plus, int64_t d, int64_t h) {
+    if (direct) return d * view.stride[2] + h * view.stride[3];
+    const int64_t place = (plus * planes + d % planes) * rows + h % rows, key = d * size[1] + h;
+    const int64_t offset = place * row_elements();
+    if (held[place] != key) {
+      held[place] = key;
+      const S* src = static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] + h * view.stride[3];
+      RowCopy<S>::gather(tile + offset, lanes, src, map, base, plus, view.stride[1], view.stride[4], size[2]);
+    }
+    return offset;
+  }
+};
+
+}  // namespace dsconv::cpu::DSCONV_ISA

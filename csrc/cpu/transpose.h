@@ -1,0 +1,57 @@
+// Square transposes in registers, and vectors of which only a part lies in memory.
+#pragma once
+
+#include "unroll.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// The first `count` values of storage as a vector, zeros beyond; nothing past them is read.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_part(const S* p, int64_t count) {
+  if (count >= kLanes<T>) return load_wide<S>(p);
+  S part[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load_wide<S>(part);
+}
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void store_part(S* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store_narrow<S>(p, v);
+  S part[kLanes<T>];
+  store_narrow<S>(part, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
+template <int bytes>
+struct IntOf {
+  typedef int32_t type;
+};
+template <>
+struct IntOf<8> {
+  typedef int64_t type;
+};
+
+// Rows become columns: blocks of 1, 2, 4 ... change places across the diagonal.
+template <class T>
+DSCONV_INLINE void transpose(Vec<T>* rows) {
+  constexpr int kL = kLanes<T>;
+  typedef typename IntOf<sizeof(T)>::type Index;
+  unroll<5>([&]<int level>() __attribute__((always_inline)) {
+    constexpr int s = 1 << level;
+    if constexpr (s < kL) {
+      Vec<Index> low, high;  // of two rows side by side
+      unroll<kL>([&]<int l>() __attribute__((always_inline)) {
+        low[l] = l & s ? kL + l - s : l;
+        high[l] = l & s ? kL + l : l + s;
+      });
+      unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+        if constexpr ((i & s) == 0) {
+          const Vec<T> a = rows[i], b = rows[i + s];
+          rows[i] = __builtin_shuffle(a, b, low);
+          rows[i + s] = __builtin_shuffle(a, b, high);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace dsconv::cpu::DSCONV_ISA
