@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, autograd
-from .checks import check_depthwise, check_separable
+from .checks import check_depthwise, check_fuse, check_separable
 from .geometry import normalise
 from .ops import cast_inputs
 
 Activation = str | tuple[str, float]
-FUSE = ("auto", "always", "never")
 
 _depthwise_op: Any = autograd.depthwise
 _separable_op: Any = autograd.separable
@@ -367,8 +366,7 @@ def _separable_settings(
 ) -> tuple[Any, ...]:
     """Geometry, activations and fuse in the order of the operator."""
     try:
-        if fuse not in FUSE:
-            raise ValueError(f"fuse: got {fuse!r}, expected one of {', '.join(FUSE)}")
+        check_fuse("fuse", fuse)
         return (
             *normalise(nd, stride, padding, dilation, weight_shape),
             *activations.parse(mid_activation, "mid_activation"),

@@ -311,6 +311,7 @@ FIXED = {
         "sep n2c8h5w7k3s1d1p1o17 nhwc fp64 mid=gelu act=gelu_tanh res fuse=always",
         "sep n2c16h6w6k3s1d1p1o16 nhwc fp32 mid=relu6 act=tanh fuse=never",
         "sep n1c24h4w4k1s1d1p0o37 nhwc fp32 act=elu:0.5",
+        "sep n3c17h4w9k5x4s1x2d2x3p6x5o1 permuted fp16 mid=hardsigmoid act=leaky_relu:-0.5 fuse=never",
     ),
 }
 FAMILIES = tuple(FIXED)

@@ -69,7 +69,7 @@ def python():
         done = subprocess.run(
             [sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     return run

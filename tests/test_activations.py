@@ -76,6 +76,19 @@ def test_derivatives_at_kinks(place, activation, dtype):
     )
 
 
+@pytest.mark.parametrize("kink", [-3.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hardsigmoid_between_the_stages_is_flat_where_pytorch_has_it(dtype, kink):
+    """Next to a kink the rounded pre-activation decides, not the rounded value, which reaches 0 or 1 earlier."""
+    bias = torch.arange(-32, 33).to(dtype) * (torch.finfo(dtype).eps / 8)
+    x = torch.full((1, len(bias), 1, 1), kink, dtype=dtype, requires_grad=True)
+    one, ones = torch.ones(len(bias), 1, 1, 1, dtype=dtype), torch.ones(1, len(bias), 1, 1, dtype=dtype)
+    F.separable_conv2d(x, one, ones, bias, mid_activation="hardsigmoid").backward(torch.ones(1, 1, 1, 1, dtype=dtype))
+    rounded = (kink + bias.double()).to(dtype)
+    assert 0 < (rounded.abs() < 3).sum() < len(bias)
+    assert torch.equal(x.grad.view(-1), torch.where(rounded.abs() < 3, 1 / 6, 0.0).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_far_out(activation, dtype):

@@ -155,7 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     bool need_pointwise_bias, bool need_residual) {
   constexpr const char* kOp = "separable_backward";
   constexpr ActivationSpec kNone{Activation::none, 0};
-  const ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  // hardsigmoid is flat next to its kinks: a half below 1 would be 1, and its gradient 0.
+  mid.hides_kinks = element_size(dtype_of("x", x)) == 2;
   const ActivationSpec last = parse_activation("activation", activation, activation_param);
   SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias,
                                          residual, {stride, padding, dilation}, mid, last);
