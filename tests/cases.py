@@ -301,6 +301,7 @@ FIXED = {
     "sep1d": (
         "sep n2c37w29k5s1d1p2o24 nhwc fp32 mid=silu act=gelu res",
         "sep n1c96w17k3s2d1p1o16 nchw bf16 mid=relu",
+        "sep n1c24w16k3s1d2p2:5m2o1 permuted fp32 mid=relu act=tanh bias=none res",
     ),
     "sep2d": (
         "sep n2c37h13w11k3s2d1p1o24 nhwc bf16 mid=relu6 act=silu res",
