@@ -81,11 +81,12 @@ def check_separable(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    *,
+    pointwise_name: str = "pointwise",
 ) -> None:
     """Raise TypeError or ValueError unless a depthwise-separable convolution can be computed.
 
-    As `check_depthwise`; `pointwise_weight` is [K, C*m, 1, ...], `pointwise_bias` [K] or None, `residual` has the
-    shape of the output or is None.
+    As `check_depthwise` and `check_pointwise`; `residual` has the shape of the output or is None.
     """
     check_depthwise(
         function,
@@ -99,17 +100,19 @@ def check_separable(
         weight_name="depthwise_weight",
         bias_name="depthwise_bias",
     )
-    _check_tensor(function, "pointwise_weight", pointwise_weight, x, nd + 2)
-    middle, outputs = depthwise_weight.size(0), pointwise_weight.size(0)
-    if pointwise_weight.size(1) != middle or outputs < 1 or any(k != 1 for k in pointwise_weight.shape[2:]):
-        raise ValueError(
-            f"{function}: pointwise_weight: got shape {_shape(pointwise_weight)}, "
-            f"expected {['K', middle, *[1] * nd]} after a depthwise_weight of shape {_shape(depthwise_weight)}"
-        )
-    _check_bias(function, "pointwise_bias", pointwise_bias, x, outputs)
+    check_pointwise(function, nd, x, depthwise_weight.size(0), pointwise_weight, pointwise_bias, pointwise_name)
     if residual is not None:
         spatial = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
-        _check_output(function, "residual", residual, x, [x.size(0), outputs, *spatial])
+        _check_output(function, "residual", residual, x, [x.size(0), pointwise_weight.size(0), *spatial])
+
+
+def check_pointwise(function: str, nd: int, x: Any, channels: int, weight: Any, bias: Any, name: str) -> None:
+    """Raise TypeError or ValueError unless `weight` is [K, channels, 1, ...] and `bias` [K] or None."""
+    _check_tensor(function, f"{name}_weight", weight, x, nd + 2)
+    if weight.size(0) < 1 or weight.size(1) != channels or any(k != 1 for k in weight.shape[2:]):
+        ones = ", 1" * nd
+        raise ValueError(f"{function}: {name}_weight: got shape {_shape(weight)}, expected [K, {channels}{ones}]")
+    _check_bias(function, f"{name}_bias", bias, x, weight.size(0))
 
 
 def check_backward(
@@ -139,6 +142,17 @@ def check_fuse(argument: str, fuse: Any) -> None:
     """Raise ValueError unless `fuse` is one of `FUSE`."""
     if fuse not in FUSE:
         raise ValueError(f"{argument}: got {fuse!r}, expected one of {', '.join(FUSE)}")
+
+
+def check_expansion(function: str, x: Any, weight: Any, bias: Any) -> None:
+    """Raise TypeError or ValueError unless the images `x` can be expanded by a 1x1 convolution, or need not be."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{function}: expand_bias: got {type(bias).__name__}, expected None without expand_weight")
+        return
+    x = x.unsqueeze(0) if isinstance(x, Tensor) and x.dim() == 3 else x
+    _check_tensor(function, "x", x, None, 4)
+    check_pointwise(function, 2, x, x.size(1), weight, bias, "expand")
 
 
 def _shape(tensor: Tensor) -> list[int]:
