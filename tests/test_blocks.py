@@ -262,6 +262,29 @@ def test_errors(make, message):
     assert ", expected " in str(caught.value)
 
 
+@blocks
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_without_graph_breaks(name, training):
+    torch._dynamo.reset()
+    block = made(name).train(training)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    x = image()
+    ours, theirs = gradients(compiled, compiled, x), gradients(block, block, x)
+    torch.testing.assert_close(list(ours.values()), list(theirs.values()))
+
+
+@blocks
+def test_export(name):
+    """The exported program holds one operator of ours, and computes what the block computes."""
+    block = made(name)
+    x = image()
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    targets = [str(node.target) for node in program.graph.nodes if "dsconv" in str(node.target)]
+    assert targets == ["dsconv.separable.default"]
+    for batch in (x, x[:1]):
+        torch.testing.assert_close(program.module()(batch), block(batch))
+
+
 GEOMETRIES = (
     {"padding": 1},
     {"padding": ((2, 0), (1, 3)), "dilation": 2},

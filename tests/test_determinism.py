@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cases import Case
+from dsconv_ext import nn
 from judges import evaluate, subject
 
 LINES = (
@@ -48,9 +49,8 @@ def test_any_number_of_threads(line, threads):
         assert_same_bits(one, bits(line), f"{line} with {count} threads")
 
 
-def test_two_host_threads():
-    """Concurrent calls share nothing: each gets the bits it gets alone."""
-    alone = [bits(line) for line in LINES]
+def in_two_host_threads(check, count: int) -> None:
+    """Call ``check(i)`` for each of ``count`` numbers several times, from two threads in opposite order."""
     failures: list[str] = []
     start = threading.Barrier(2)
 
@@ -59,17 +59,40 @@ def test_two_host_threads():
         for _ in range(4):
             for i in order:
                 try:
-                    assert_same_bits(alone[i], bits(LINES[i]), LINES[i])
+                    check(i)
                 except Exception as failure:  # a thread's failure would otherwise be lost
                     failures.append(f"{type(failure).__name__}: {failure}")
 
-    orders = (range(len(LINES)), range(len(LINES) - 1, -1, -1))
-    workers = [threading.Thread(target=work, args=(order,)) for order in orders]
+    workers = [threading.Thread(target=work, args=(order,)) for order in (range(count), range(count - 1, -1, -1))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert failures == []
+
+
+def test_two_host_threads():
+    """Concurrent calls share nothing: each gets the bits it gets alone."""
+    alone = [bits(line) for line in LINES]
+    in_two_host_threads(lambda i: assert_same_bits(alone[i], bits(LINES[i]), LINES[i]), len(LINES))
+
+
+def test_two_host_threads_share_a_module():
+    """Each packs the weights, uses those the other packed, or drops them by a forward in grad mode."""
+    torch.manual_seed(0)
+    module = nn.DepthwiseSeparableConv2d(24, 40, 3, padding=1, mid_activation="relu6").eval()
+    inputs = [torch.randn(1, 24, size, size) for size in (5, 9, 14, 20)]
+
+    def output(i):
+        with torch.set_grad_enabled(i % 2 == 1):
+            return module(inputs[i])
+
+    alone = [output(i).detach() for i in range(len(inputs))]
+
+    def check(i):
+        assert torch.equal(output(i), alone[i]), f"input {i}"
+
+    in_two_host_threads(check, len(inputs))
 
 
 def test_a_batch_does_not_change_its_members():

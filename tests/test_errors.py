@@ -130,6 +130,16 @@ def test_other_arguments_of_separable(argument, change, error, got):
     refuses(F.separable_conv2d, {**arguments, argument: change(arguments.get(argument))}, argument, error, got)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_an_input_on_another_device_than_its_weights(grad_mode):
+    """The dispatcher sees two devices; the message is the same as the other way round."""
+    with torch.set_grad_enabled(grad_mode):
+        arguments = {**depthwise_arguments(), "x": torch.randn(X, device="meta")}
+        refuses(F.depthwise_conv2d, arguments, "weight", ValueError, "cpu, expected meta")
+        arguments = {**separable_arguments(), "x": torch.randn(X, device="meta")}
+        refuses(F.separable_conv2d, arguments, "depthwise_weight", ValueError, "cpu, expected meta")
+
+
 @pytest.mark.parametrize("padding", ["same"])
 def test_same_padding_is_an_error_when_strided(padding):
     for function, arguments in (
