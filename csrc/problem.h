@@ -27,7 +27,7 @@ enum class Activation : uint8_t {
 struct ActivationSpec {
   Activation kind;
   double param;
-  bool hides_kinks = false;  // its output was rounded to a half type, perhaps onto a kink
+  bool hides_kinks = false;  // the output was rounded to a half type, maybe onto a kink of hardsigmoid
 };
 
 // Can the derivative be computed from the activation's output? (A negative slope or alpha loses the sign of the input.)

@@ -121,7 +121,7 @@ def test_a_special_input_reaches_its_own_outputs_only(special, layout, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("special", [math.nan, math.inf])
-def test_a_special_weight_meets_no_padding(special, layout, dtype):
+def test_a_special_weight_meets_no_padding(special, layout, dtype, library):
     """Padding is left out, not multiplied: zero times an infinite tap does not appear.
 
     ``nn.Conv2d`` has it so where oneDNN computes, which for float16 depends on the processor; so not compared with it.
