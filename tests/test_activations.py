@@ -46,7 +46,7 @@ def test_values_and_gradients(place, activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("place", ["depthwise", "mid", "output"])
-def test_values_at_special_points(place, activation, dtype):
+def test_values_at_special_points(place, activation, dtype, library):
     """NaN stays NaN, and infinities, zeros and kinks give what ATen gives in float64 (its vectors differ there)."""
     x = torch.tensor(KINKS, dtype=DTYPES[dtype]).repeat(3)
     y, reference = through(place, x, activation), expected(x.double(), activation).to(x.dtype)

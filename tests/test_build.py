@@ -53,7 +53,7 @@ def built(folder: Path, python, **environment: str) -> dict:
     done = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=folder, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning:" not in done.stdout + done.stderr, done.stdout + done.stderr
-    report = json.loads(python(REPORT, PYTHONPATH=str(folder), DSCONV_BACKEND=""))
+    report = json.loads(python(REPORT, PYTHONPATH=str(folder)))
     assert report["error"] is None and report["right"]
     assert Path(report["file"]).parent == folder / "dsconv_ext"
     return report

@@ -41,7 +41,7 @@ def test_run_to_run(line):
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_any_number_of_threads(line, threads):
+def test_any_number_of_threads(line, threads, library):
     threads(1)
     one = bits(line)
     for count in (2, 3, 5):
@@ -95,7 +95,7 @@ def test_two_host_threads_share_a_module():
     in_two_host_threads(check, len(inputs))
 
 
-def test_a_batch_does_not_change_its_members():
+def test_a_batch_does_not_change_its_members(library):
     """The first image of a batch gets the bits it gets alone."""
     case = Case.parse("sep n3c37h13w11k3s1d1p1o24 nhwc fp32 mid=relu6 act=silu fuse=always")
     tensors = case.inputs(integer=False)
