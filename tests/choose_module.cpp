@@ -13,18 +13,22 @@
 namespace dsconv {
 namespace {
 
+template <class>
+struct NeverLaunched;
 template <class Problem>
-Kernel<Problem> never_launched(const Kernel<Problem>&) {
-  return {[](const Problem&) -> const char* { return nullptr; }, [](const Problem&, int) -> size_t { return 0; },
-          [](const Problem&, const Runtime&, void*) {}};
-}
+struct NeverLaunched<const Kernel<Problem>> {
+  static constexpr Kernel<Problem> kernel{[](const Problem&) -> const char* { return nullptr; },
+                                          [](const Problem&, int) -> size_t { return 0; },
+                                          [](const Problem&, const Runtime&, void*) {}};
+};
 
 }  // namespace
 
 #define DSCONV_STUB_portable(implementation)
 #define DSCONV_STUB_avx2(implementation)
 #define DSCONV_STUB_avx512(implementation)
-#define DSCONV_STUB_cuda(implementation) decltype(implementation) implementation = never_launched(implementation);
+#define DSCONV_STUB_cuda(implementation) \
+  decltype(implementation) implementation = NeverLaunched<decltype(implementation)>::kernel;
 #define DSCONV_KERNEL(pass, name, target, efficiency, implementation) DSCONV_STUB_##target(implementation)
 #include "kernels.inc"
 #undef DSCONV_KERNEL
