@@ -96,7 +96,8 @@ DSCONV_SCALAR T masked_gradient(T g, T saved, T param) {
   const T s = saved;
   if constexpr (kind == Activation::relu) return s <= T(0) ? T(0) : g;
   if constexpr (kind == Activation::relu6) return s <= T(0) || s >= T(6) ? T(0) : g;
-  if constexpr (kind == Activation::hardsigmoid) return s > T(0) && s < T(1) ? g / T(6) : T(0);
+  if constexpr (kind == Activation::hardsigmoid)
+    return s > T(from_output ? 0 : -3) && s < T(from_output ? 1 : 3) ? g / T(6) : T(0);
   if constexpr (kind == Activation::sigmoid) return g * (T(1) - s) * s;
   if constexpr (kind == Activation::tanh) return g * (T(1) - s * s);
   if constexpr (kind == Activation::leaky_relu) return s > T(0) ? g : g * param;

@@ -27,6 +27,7 @@ enum class Activation : uint8_t {
 struct ActivationSpec {
   Activation kind;
   double param;
+  bool hides_kinks = false;  // the output was rounded to a half type, maybe onto a kink of hardsigmoid
 };
 
 // Can the derivative be computed from the activation's output? (A negative slope or alpha loses the sign of the input.)
@@ -34,9 +35,9 @@ static inline constexpr bool derivative_from_output(ActivationSpec a) {
   switch (a.kind) {
     case Activation::relu:
     case Activation::relu6:
-    case Activation::hardsigmoid:
     case Activation::sigmoid:
     case Activation::tanh: return true;
+    case Activation::hardsigmoid: return !a.hides_kinks;
     case Activation::leaky_relu:
     case Activation::elu: return a.param >= 0;
     default: return false;

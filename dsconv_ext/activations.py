@@ -115,9 +115,21 @@ def forward(pre_activation: Tensor, name: str, parameter: float) -> Tensor:
     return _TABLE[name].forward(pre_activation, parameter)
 
 
-def backward(grad: Tensor, value: Tensor, name: str, parameter: float) -> Tensor:
-    """Multiply `grad` by the derivative; `value` is the output where `from_output` holds, else the pre-activation."""
+def backward(
+    grad: Tensor, output: Tensor | None, pre_activation: Callable[[], Tensor], name: str, parameter: float
+) -> Tensor:
+    """Multiply `grad` by the derivative: read off `output` where `from_output` holds, else off `pre_activation()`."""
+    if name == "none":
+        return grad
+    value = output if output is not None and from_output(name, parameter) else pre_activation()
     return _TABLE[name].backward(grad, value, parameter)
+
+
+def backward_between(grad: Tensor, output: Tensor, pre_activation: Tensor, name: str, parameter: float) -> Tensor:
+    """As `backward`, for the activation between two stages, of which both values are at hand."""
+    if name == "hardsigmoid":  # an output just below 1 is 1 in half precision, where the derivative is 0
+        return torch.where(pre_activation.abs() < 3, grad / 6, 0.0)
+    return backward(grad, output, lambda: pre_activation, name, parameter)
 
 
 def from_output(name: str, parameter: float) -> bool:

@@ -119,9 +119,9 @@ def depthwise_backward(
         settings = (activation, activation_param, need_x, need_weight, need_bias)
         with _BelowAutograd():
             return _call_depthwise_backward(grad, x, weight, bias, output, *geometry, *settings)
-    if activation != "none":
-        value = depthwise(x, weight, bias, *geometry) if output is None else output
-        grad = activations.backward(grad, value, activation, activation_param)
+    grad = activations.backward(
+        grad, output, lambda: depthwise(x, weight, bias, *geometry), activation, activation_param
+    )
     grads: Iterator[Tensor] = iter(())
     if need_x or need_weight:
         grads = iter(_transformable_gradients(grad, x, weight, *geometry, need_x, need_weight))
@@ -160,16 +160,17 @@ def separable_backward(
     need_x, need_depthwise_weight, need_pointwise_weight, need_depthwise_bias, need_pointwise_bias, need_residual = need
     middle_pre = depthwise(x, depthwise_weight, depthwise_bias, *geometry)
     middle = activations.forward(middle_pre, mid_activation, mid_param)
-    if activation != "none":
-        value = pointwise(middle, pointwise_weight, pointwise_bias, residual) if output is None else output
-        grad = activations.backward(grad, value, activation, activation_param)
+    grad = activations.backward(
+        grad,
+        output,
+        lambda: pointwise(middle, pointwise_weight, pointwise_bias, residual),
+        activation,
+        activation_param,
+    )
     stage: Grads = (None, None, None)
     if need_x or need_depthwise_weight or need_depthwise_bias:
-        from_output = activations.from_output(mid_activation, mid_param)
         middle_grad = pointwise(grad, pointwise_weight.transpose(0, 1))
-        middle_grad = activations.backward(
-            middle_grad, middle if from_output else middle_pre, mid_activation, mid_param
-        )
+        middle_grad = activations.backward_between(middle_grad, middle, middle_pre, mid_activation, mid_param)
         stage_need = (need_x, need_depthwise_weight, need_depthwise_bias)
         stage = depthwise_backward(
             middle_grad, x, depthwise_weight, depthwise_bias, None, *geometry, "none", 0.0, *stage_need
@@ -219,10 +220,11 @@ class _Depthwise:
         x, weight, bias, output = saved
         *geometry, activation, parameter, _ = settings
         tangent = _depthwise_tangent(x, weight, x_t, weight_t, bias_t, geometry)
-        if activation == "none" or tangent is None:
-            return tangent
-        value = depthwise(x, weight, bias, *geometry) if output is None else output
-        return activations.backward(tangent, value, activation, parameter)
+        if tangent is None:
+            return None
+        return activations.backward(
+            tangent, output, lambda: depthwise(x, weight, bias, *geometry), activation, parameter
+        )
 
 
 class _Separable:
@@ -259,8 +261,7 @@ class _Separable:
         middle = activations.forward(middle_pre, mid_activation, mid_parameter)
         middle_t = _depthwise_tangent(x, depthwise_weight, x_t, depthwise_weight_t, depthwise_bias_t, geometry)
         if middle_t is not None:
-            value = middle if activations.from_output(mid_activation, mid_parameter) else middle_pre
-            middle_t = activations.backward(middle_t, value, mid_activation, mid_parameter)
+            middle_t = activations.backward_between(middle_t, middle, middle_pre, mid_activation, mid_parameter)
         tangent = _sum(
             None if middle_t is None else pointwise(middle_t, pointwise_weight),
             None if pointwise_weight_t is None else pointwise(middle, pointwise_weight_t),
@@ -272,8 +273,13 @@ class _Separable:
         tangent = tangent.expand(x.size(0), pointwise_weight.size(0), *middle.shape[2:])
         if activation == "none":
             return tangent.clone()
-        value = pointwise(middle, pointwise_weight, pointwise_bias, residual) if output is None else output
-        return activations.backward(tangent, value, activation, parameter)
+        return activations.backward(
+            tangent,
+            output,
+            lambda: pointwise(middle, pointwise_weight, pointwise_bias, residual),
+            activation,
+            parameter,
+        )
 
 
 class _Gradients:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import _loader, activations
 from ._version import __version__
-from .checks import check_depthwise, check_separable
-from .geometry import like_output
+from .checks import check_backward, check_depthwise, check_fuse, check_separable
+from .geometry import like_output, output_size
 
 _warned: set[tuple[str, str]] = set()
 _record: list[Call] | None = None
@@ -188,6 +188,7 @@ def _depthwise(
     packed: Tensor | None,
 ) -> Tensor:
     check_depthwise("dsconv::depthwise", x.dim() - 2, x, weight, bias, stride, padding, dilation)
+    activations.parse(activation, "dsconv::depthwise: activation")
     _fall_back("depthwise", x.device)
     y = _convolve(x, weight, bias, stride, padding, dilation)
     return like_output(activations.forward(y, activation, activation_param), x)
@@ -208,11 +209,19 @@ def _depthwise_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, ...]:
-    check_depthwise("dsconv::depthwise_backward", x.dim() - 2, x, weight, bias, stride, padding, dilation)
+    name = "dsconv::depthwise_backward"
+    check_depthwise(name, x.dim() - 2, x, weight, bias, stride, padding, dilation)
+    activations.parse(activation, f"{name}: activation")
+    shape = [x.size(0), weight.size(0), *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
+    check_backward(name, x, shape, grad, output, activation, activation_param)
     _fall_back("depthwise_backward", x.device)
-    if activation != "none":
-        value = _convolve(x, weight, bias, stride, padding, dilation) if output is None else output
-        grad = activations.backward(grad, value, activation, activation_param)
+    grad = activations.backward(
+        grad,
+        output,
+        lambda: _convolve(x, weight, bias, stride, padding, dilation),
+        activation,
+        activation_param,
+    )
     need = [need_x, need_weight, need_bias and bias is not None]
     return tuple(_convolve_backward(grad, x, weight, stride, padding, dilation, need))
 
@@ -236,6 +245,9 @@ def _separable(
 ) -> Tensor:
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     check_separable("dsconv::separable", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
+    activations.parse(mid_activation, "dsconv::separable: mid_activation")
+    activations.parse(activation, "dsconv::separable: activation")
+    check_fuse("dsconv::separable: fuse", fuse)
     _fall_back("separable", x.device)
     middle = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     middle = activations.forward(middle, mid_activation, mid_param)
@@ -267,13 +279,23 @@ def _separable_backward(
     need_residual: bool,
 ) -> tuple[Tensor | None, ...]:
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-    check_separable("dsconv::separable_backward", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
+    name = "dsconv::separable_backward"
+    check_separable(name, x.dim() - 2, x, *weights, residual, stride, padding, dilation)
+    activations.parse(mid_activation, f"{name}: mid_activation")
+    activations.parse(activation, f"{name}: activation")
+    spatial = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
+    shape = [x.size(0), pointwise_weight.size(0), *spatial]
+    check_backward(name, x, shape, grad, output, activation, activation_param)
     _fall_back("separable_backward", x.device)
     middle_pre = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     middle = activations.forward(middle_pre, mid_activation, mid_param)
-    if activation != "none":
-        value = pointwise(middle, pointwise_weight, pointwise_bias, residual) if output is None else output
-        grad = activations.backward(grad, value, activation, activation_param)
+    grad = activations.backward(
+        grad,
+        output,
+        lambda: pointwise(middle, pointwise_weight, pointwise_bias, residual),
+        activation,
+        activation_param,
+    )
     # The pointwise is no depthwise convolution: one group.
     nd = x.dim() - 2
     need_middle = need_x or need_depthwise_weight or need_depthwise_bias
@@ -287,8 +309,7 @@ def _separable_backward(
     grad_middle, grad_pointwise, grad_pointwise_bias = (g if n else None for g, n in zip(grads, need, strict=True))
     grad_depthwise: list[Tensor | None] = [None] * 3
     if grad_middle is not None:
-        value = middle if activations.from_output(mid_activation, mid_param) else middle_pre
-        grad_middle = activations.backward(grad_middle, value, mid_activation, mid_param)
+        grad_middle = activations.backward_between(grad_middle, middle, middle_pre, mid_activation, mid_param)
         need = [need_x, need_depthwise_weight, need_depthwise_bias and depthwise_bias is not None]
         grad_depthwise = _convolve_backward(grad_middle, x, depthwise_weight, stride, padding, dilation, need)
     grad_x, grad_depthwise_weight, grad_depthwise_bias = grad_depthwise

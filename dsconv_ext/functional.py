@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, autograd
-from .checks import check_depthwise, check_separable
+from .checks import check_depthwise, check_expansion, check_fuse, check_separable
 from .geometry import normalise
 from .ops import cast_inputs
 
 Activation = str | tuple[str, float]
-FUSE = ("auto", "always", "never")
 
 _depthwise_op: Any = autograd.depthwise
 _separable_op: Any = autograd.separable
@@ -323,7 +322,7 @@ def inverted_residual(
     Raises
     ------
     TypeError, ValueError
-        As `separable_conv2d`; RuntimeError of F.conv2d for what is wrong with the expansion.
+        Naming the argument, what came and what is expected.
 
     References
     ----------
@@ -338,11 +337,16 @@ def inverted_residual(
     >>> inverted_residual(x, expand, depthwise, project, padding=1, residual=x).shape
     torch.Size([1, 4, 8, 8])
     """
-    expand = activations.parse(expand_activation, "inverted_residual: expand_activation")
+    name = "inverted_residual"
+    expand = activations.parse(expand_activation, f"{name}: expand_activation")
+    if isinstance(x, Tensor) and _is_any_autocast_enabled():
+        x, expand_weight, expand_bias = _autocast(x, expand_weight, expand_bias)
+    check_expansion(name, x, expand_weight, expand_bias)
     if expand_weight is not None:
         x = activations.forward(F.conv2d(x, expand_weight, expand_bias), *expand)
     tensors = (x, depthwise_weight, project_weight, depthwise_bias, project_bias, residual)
-    return _separable(2, tensors, stride, padding, dilation, mid_activation, activation, "auto")
+    where = (stride, padding, dilation)
+    return _separable(2, tensors, *where, mid_activation, activation, "auto", names=(name, "project"))
 
 
 def _depthwise_settings(
@@ -356,6 +360,7 @@ def _depthwise_settings(
 
 
 def _separable_settings(
+    function: str,
     nd: int,
     stride: Any,
     padding: Any,
@@ -367,8 +372,7 @@ def _separable_settings(
 ) -> tuple[Any, ...]:
     """Geometry, activations and fuse in the order of the operator."""
     try:
-        if fuse not in FUSE:
-            raise ValueError(f"fuse: got {fuse!r}, expected one of {', '.join(FUSE)}")
+        check_fuse("fuse", fuse)
         return (
             *normalise(nd, stride, padding, dilation, weight_shape),
             *activations.parse(mid_activation, "mid_activation"),
@@ -376,9 +380,10 @@ def _separable_settings(
             fuse,
         )
     except (TypeError, ValueError) as error:
-        raise type(error)(f"separable_conv{nd}d: {error}") from None
+        raise type(error)(f"{function}: {error}") from None
 
 
+_SEPARABLE_NAMES = {1: ("separable_conv1d", "pointwise"), 2: ("separable_conv2d", "pointwise")}
 # Typed, so that 1.0 and True, which equal 1, are not taken for it.
 _cached_depthwise_settings = functools.lru_cache(maxsize=1024, typed=True)(_depthwise_settings)
 _cached_separable_settings = functools.lru_cache(maxsize=1024, typed=True)(_separable_settings)
@@ -431,9 +436,12 @@ def _separable(
     activation: Activation,
     fuse: str,
     packed: Tensor | None = None,
+    names: tuple[str, str] | None = None,
 ) -> Tensor:
+    """Compute a separable convolution; `names` are those of the function and of its pointwise stage in errors."""
+    function, pointwise_name = names or _SEPARABLE_NAMES[nd]
     weight_shape = getattr(tensors[1], "shape", None) if padding == "same" else None
-    key = (nd, stride, padding, dilation, weight_shape, mid_activation, activation, fuse)
+    key = (function, nd, stride, padding, dilation, weight_shape, mid_activation, activation, fuse)
     try:
         settings = _separable_settings(*key) if _is_compiling() else _cached_separable_settings(*key)
     except TypeError:  # as in _depthwise
@@ -451,5 +459,5 @@ def _separable(
         return y.squeeze(0) if unbatched else y
     except Exception as error:
         refusal = error
-    check_separable(f"separable_conv{nd}d", nd, *tensors, *settings[:3])  # as in _depthwise
+    check_separable(function, nd, *tensors, *settings[:3], pointwise_name=pointwise_name)  # as in _depthwise
     raise refusal

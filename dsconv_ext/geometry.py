@@ -37,8 +37,8 @@ def normalise(nd: int, stride: Any, padding: Any, dilation: Any, weight_shape: A
     >>> normalise(1, 1, "same", 1, (8, 1, 4))
     ((1,), (1, 2), (1,))
     """
-    stride = _per_dimension("stride", stride, nd, 1)
-    dilation = _per_dimension("dilation", dilation, nd, 1)
+    stride = per_dimension("stride", stride, nd, 1)
+    dilation = per_dimension("dilation", dilation, nd, 1)
     return stride, _padding(padding, nd, stride, dilation, weight_shape), dilation
 
 
@@ -53,11 +53,12 @@ def _padding(padding: Any, nd: int, stride: Sequence[int], dilation: Sequence[in
         total = [d * (k - 1) for d, k in zip(dilation, (shape or ())[2:], strict=False)]
         return tuple(side for t in total for side in (t // 2, t - t // 2))
     if isinstance(padding, (tuple, list)) and len(padding) == nd and any(isinstance(p, (tuple, list)) for p in padding):
-        return tuple(side for pair in padding for side in _per_dimension("padding", pair, 2, 0))
-    return tuple(side for p in _per_dimension("padding", padding, nd, 0) for side in (p, p))
+        return tuple(side for pair in padding for side in per_dimension("padding", pair, 2, 0))
+    return tuple(side for p in per_dimension("padding", padding, nd, 0) for side in (p, p))
 
 
-def _per_dimension(argument: str, value: Any, count: int, least: int) -> tuple[int, ...]:
+def per_dimension(argument: str, value: Any, count: int, least: int) -> tuple[int, ...]:
+    """Make `count` ints of one int or `count` of them; raise TypeError or ValueError unless they are >= `least`."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(_is_int(v) for v in values):
         raise TypeError(f"{argument}: got {value!r}, expected an int or {count} ints")

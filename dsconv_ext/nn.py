@@ -642,6 +642,7 @@ class InvertedResidual(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        activations.parse(activation, f"{type(self).__name__}: activation")
         factory = {"device": device, "dtype": dtype}
         middle = in_channels * expand_ratio
         self.activation = activation

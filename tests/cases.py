@@ -301,6 +301,7 @@ FIXED = {
     "sep1d": (
         "sep n2c37w29k5s1d1p2o24 nhwc fp32 mid=silu act=gelu res",
         "sep n1c96w17k3s2d1p1o16 nchw bf16 mid=relu",
+        "sep n1c24w16k3s1d2p2:5m2o1 permuted fp32 mid=relu act=tanh bias=none res",
     ),
     "sep2d": (
         "sep n2c37h13w11k3s2d1p1o24 nhwc bf16 mid=relu6 act=silu res",
@@ -311,6 +312,7 @@ FIXED = {
         "sep n2c8h5w7k3s1d1p1o17 nhwc fp64 mid=gelu act=gelu_tanh res fuse=always",
         "sep n2c16h6w6k3s1d1p1o16 nhwc fp32 mid=relu6 act=tanh fuse=never",
         "sep n1c24h4w4k1s1d1p0o37 nhwc fp32 act=elu:0.5",
+        "sep n3c17h4w9k5x4s1x2d2x3p6x5o1 permuted fp16 mid=hardsigmoid act=leaky_relu:-0.5 fuse=never",
     ),
 }
 FAMILIES = tuple(FIXED)

@@ -62,14 +62,18 @@ def library() -> Path:
 
 @pytest.fixture
 def python():
-    """Run a program in a fresh interpreter with changed environment variables and return what it printed."""
+    """Run a program in a fresh interpreter with changed environment variables and return what it printed.
+
+    The backend is the library unless ``DSCONV_BACKEND`` is among them.
+    """
 
     def run(program: str, **environment: str) -> str:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), **environment}
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        env = {**os.environ, "PYTHONPATH": paths, "DSCONV_BACKEND": "", **environment}
         done = subprocess.run(
             [sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     return run

@@ -1,5 +1,7 @@
 """The fallback: without the library PyTorch's operators run, with one warning, and explain says why."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +76,11 @@ print("passed", {len(lines)})
         **FALLBACK,
     )
     assert printed == f"passed {len(lines)}\n" and len(lines) > 5
+
+
+def test_errors_are_the_same_without_the_library(python):
+    tests = str(Path(__file__).with_name("test_errors.py"))
+    python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', {tests!r}]))", **FALLBACK)
 
 
 def test_transforms_and_modules_work_without_the_library(python):

@@ -104,6 +104,8 @@ def test_error_measure():
     rms = math.sqrt(12.5)
     assert tolerance.error(reference, reference) == 0
     assert tolerance.error(reference + torch.tensor([0.0, 0.5]), reference) == pytest.approx(0.5 / rms)
+    draws = torch.stack([reference, reference])
+    assert tolerance.error(draws + torch.tensor([[0.0, 0.5], [0.25, 0.0]]), draws, 2) == pytest.approx(0.375 / rms)
     assert tolerance.error(torch.zeros(3), torch.zeros(3)) == 0
     assert tolerance.error(torch.tensor([1e-9]), torch.zeros(1)) == math.inf
     assert tolerance.error(torch.zeros(2), torch.zeros(3)) == math.inf

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cases import Case
+from dsconv_ext import nn
 from judges import evaluate, subject
 
 LINES = (
@@ -40,7 +41,7 @@ def test_run_to_run(line):
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_any_number_of_threads(line, threads):
+def test_any_number_of_threads(line, threads, library):
     threads(1)
     one = bits(line)
     for count in (2, 3, 5):
@@ -48,9 +49,8 @@ def test_any_number_of_threads(line, threads):
         assert_same_bits(one, bits(line), f"{line} with {count} threads")
 
 
-def test_two_host_threads():
-    """Concurrent calls share nothing: each gets the bits it gets alone."""
-    alone = [bits(line) for line in LINES]
+def in_two_host_threads(check, count: int) -> None:
+    """Call ``check(i)`` for each of ``count`` numbers several times, from two threads in opposite order."""
     failures: list[str] = []
     start = threading.Barrier(2)
 
@@ -59,12 +59,11 @@ def test_two_host_threads():
         for _ in range(4):
             for i in order:
                 try:
-                    assert_same_bits(alone[i], bits(LINES[i]), LINES[i])
+                    check(i)
                 except Exception as failure:  # a thread's failure would otherwise be lost
                     failures.append(f"{type(failure).__name__}: {failure}")
 
-    orders = (range(len(LINES)), range(len(LINES) - 1, -1, -1))
-    workers = [threading.Thread(target=work, args=(order,)) for order in orders]
+    workers = [threading.Thread(target=work, args=(order,)) for order in (range(count), range(count - 1, -1, -1))]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -72,7 +71,31 @@ def test_two_host_threads():
     assert failures == []
 
 
-def test_a_batch_does_not_change_its_members():
+def test_two_host_threads():
+    """Concurrent calls share nothing: each gets the bits it gets alone."""
+    alone = [bits(line) for line in LINES]
+    in_two_host_threads(lambda i: assert_same_bits(alone[i], bits(LINES[i]), LINES[i]), len(LINES))
+
+
+def test_two_host_threads_share_a_module():
+    """Each packs the weights, uses those the other packed, or drops them by a forward in grad mode."""
+    torch.manual_seed(0)
+    module = nn.DepthwiseSeparableConv2d(24, 40, 3, padding=1, mid_activation="relu6").eval()
+    inputs = [torch.randn(1, 24, size, size) for size in (5, 9, 14, 20)]
+
+    def output(i):
+        with torch.set_grad_enabled(i % 2 == 1):
+            return module(inputs[i])
+
+    alone = [output(i).detach() for i in range(len(inputs))]
+
+    def check(i):
+        assert torch.equal(output(i), alone[i]), f"input {i}"
+
+    in_two_host_threads(check, len(inputs))
+
+
+def test_a_batch_does_not_change_its_members(library):
     """The first image of a batch gets the bits it gets alone."""
     case = Case.parse("sep n3c37h13w11k3s1d1p1o24 nhwc fp32 mid=relu6 act=silu fuse=always")
     tensors = case.inputs(integer=False)

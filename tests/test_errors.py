@@ -130,6 +130,16 @@ def test_other_arguments_of_separable(argument, change, error, got):
     refuses(F.separable_conv2d, {**arguments, argument: change(arguments.get(argument))}, argument, error, got)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_an_input_on_another_device_than_its_weights(grad_mode):
+    """The dispatcher sees two devices; the message is the same as the other way round."""
+    with torch.set_grad_enabled(grad_mode):
+        arguments = {**depthwise_arguments(), "x": torch.randn(X, device="meta")}
+        refuses(F.depthwise_conv2d, arguments, "weight", ValueError, "cpu, expected meta")
+        arguments = {**separable_arguments(), "x": torch.randn(X, device="meta")}
+        refuses(F.separable_conv2d, arguments, "depthwise_weight", ValueError, "cpu, expected meta")
+
+
 @pytest.mark.parametrize("padding", ["same"])
 def test_same_padding_is_an_error_when_strided(padding):
     for function, arguments in (
@@ -168,51 +178,85 @@ def test_errors_are_the_same_under_transforms_and_compile():
         torch.compile(F.depthwise_conv2d, backend="eager", fullgraph=True)(x, weight)
 
 
-OPERATOR_ERRORS = {
-    "x": lambda a: {**a, "x": torch.randn(2, 8)},
-    "weight": lambda a: {**a, "weight": torch.randn(8, 2, 3, 3)},
-    "bias": lambda a: {**a, "bias": torch.randn(3)},
-    "stride": lambda a: {**a, "stride": [1, 0]},
-    "padding": lambda a: {**a, "padding": [0, 0, 0, -1]},
-    "dilation": lambda a: {**a, "dilation": [0, 1]},
-    "activation": lambda a: {**a, "activation": "swish"},
-}
+WHERE_OF_OPERATORS = [
+    ("stride", [1, 0]),
+    ("stride", [1]),
+    ("padding", [0, 0, 0, -1]),
+    ("padding", [1, 1]),
+    ("dilation", [0, 1]),
+    ("dilation", [1, 1, 1]),
+    ("activation", "swish"),
+]
+OPERATOR_ERRORS = [
+    *(("dw", *error) for error in WHERE_OF_OPERATORS),
+    ("dw", "x", torch.randn(2, 8)),
+    ("dw", "weight", torch.randn(8, 2, 3, 3)),
+    ("dw", "bias", torch.randn(3)),
+    *(("sep", *error) for error in WHERE_OF_OPERATORS),
+    ("sep", "mid_activation", "swish"),
+    ("sep", "pointwise_weight", torch.randn(5, 7, 1, 1)),
+    ("sep", "pointwise_weight", torch.randn(0, 8, 1, 1)),
+    ("sep", "pointwise_bias", torch.randn(4)),
+    ("sep", "residual", torch.randn(2, 5, 7, 5)),
+]
 
 
-@pytest.mark.parametrize("argument", OPERATOR_ERRORS)
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_operators_check_too(argument, backward):
-    """Called directly the operators raise as well, and name the argument."""
+def operator_arguments(op, activation="none"):
     where = dict(zip(("stride", "padding", "dilation"), operators.geometry(), strict=True))
-    arguments = {**depthwise_arguments(), **where, "activation": "none", "activation_param": 0.0}
-    arguments = OPERATOR_ERRORS[argument](arguments)
-    if backward:
-        needs = {"need_x": True, "need_weight": True, "need_bias": True}
-        with pytest.raises((RuntimeError, ValueError, TypeError), match=f"{argument}: got .*expected"):
-            operators.ops.depthwise_backward(grad=torch.randn(X), output=None, **arguments, **needs)
-    else:
-        with pytest.raises((RuntimeError, ValueError, TypeError), match=f"{argument}: got .*expected"):
-            operators.ops.depthwise(**arguments, packed=None)
+    last = {"activation": activation, "activation_param": 0.0}
+    if op == "dw":
+        return {**depthwise_arguments(), **where, **last}
+    return {**separable_arguments(), **where, "mid_activation": "none", "mid_param": 0.0, **last}
 
 
+def call_backward(op, grad, output, arguments):
+    names = ["x", "weight", "bias"]
+    if op == "sep":
+        names = ["x", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias", "residual"]
+    operator = operators.ops.depthwise_backward if op == "dw" else operators.ops.separable_backward
+    return operator(grad=grad, output=output, **arguments, **{f"need_{name}": True for name in names})
+
+
+def names_in_operators(argument):
+    return pytest.raises((RuntimeError, ValueError, TypeError), match=f"{argument}: got .*expected")
+
+
+@pytest.mark.parametrize(("op", "argument", "value"), OPERATOR_ERRORS)
+def test_the_operators_check_too(op, argument, value):
+    """Called directly the operators raise as well, and name the argument."""
+    arguments = {**operator_arguments(op), argument: value}
+    with names_in_operators(argument):
+        call_backward(op, torch.randn(2, 8 if op == "dw" else 5, 7, 6), None, arguments)
+    forward = {"dw": operators.ops.depthwise, "sep": operators.ops.separable}[op]
+    with names_in_operators(argument):
+        forward(**arguments, **({} if op == "dw" else {"fuse": "auto"}), packed=None)
+
+
+def test_the_operator_checks_fuse():
+    with names_in_operators("fuse"):
+        operators.ops.separable(**operator_arguments("sep"), fuse="sometimes", packed=None)
+
+
+@pytest.mark.parametrize("op", ["dw", "sep"])
 @pytest.mark.parametrize("wrong", ["grad", "output"])
-def test_backward_checks_what_only_it_has(wrong):
-    x, weight, bias = depthwise_arguments().values()
-    y = operators.depthwise(x, weight, bias, "relu")
+def test_backward_checks_what_only_it_has(op, wrong):
+    arguments = operator_arguments(op, "relu")
+    y = torch.rand(2, 8 if op == "dw" else 5, 7, 6)
     given = {"grad": torch.randn_like(y), "output": y}
-    for value in (given[wrong][:, :7], given[wrong].double(), *([None] if wrong == "output" else [])):
-        arguments = {**given, wrong: value}
-        with pytest.raises((RuntimeError, ValueError, TypeError), match=f"{wrong}: got .*expected"):
-            operators.ops.depthwise_backward(
-                arguments["grad"],
-                x,
-                weight,
-                bias,
-                arguments["output"],
-                *operators.geometry(),
-                "relu",
-                0.0,
-                True,
-                True,
-                True,
-            )
+    for value in (given[wrong][:, :4], given[wrong].double(), *([None] if wrong == "output" else [])):
+        with names_in_operators(wrong):
+            call_backward(op, arguments=arguments, **{**given, wrong: value})
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", ["dw", "sep"])
+def test_an_output_that_is_not_needed_is_not_read(op, requires_grad):
+    """silu's derivative is not read off its output: what is passed as one changes nothing, nor its derivative."""
+    arguments = operator_arguments(op, "silu")
+    arguments["x"].requires_grad_(requires_grad)
+    g = torch.randn(2, 8 if op == "dw" else 5, 7, 6)
+    results = [call_backward(op, g, output, arguments)[:2] for output in (None, torch.full_like(g, 7))]
+    torch.testing.assert_close(*results)
+    if requires_grad:
+        seconds = [torch.autograd.grad(weight_grad.square().sum(), arguments["x"]) for _, weight_grad in results]
+        torch.testing.assert_close(*seconds)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from torch.autograd import gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import operators
@@ -27,6 +28,53 @@ def pair(op, activation):
         lambda *t: operators.separable_truth(*t, "silu", activation),
         operators.separable_tensors(requires_grad=False),
     )
+
+
+GEOMETRIES = (
+    {"stride": 2, "padding": (1, 0)},
+    {"stride": (1, 2), "padding": 2, "dilation": (2, 1)},
+    {"padding": "same", "dilation": 2},
+)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("op", ["dw", "sep"])
+def test_every_transform_agrees_with_conv2d(op, geometry):
+    """F.conv2d itself, not the oracle: strided, dilated, and every transform in turn."""
+    tensors = operators.random((2, 3, 7, 6), (6, 1, 3, 2), (6,), requires_grad=False)
+    if op == "sep":
+        tensors += operators.random((4, 6, 1, 1), (4,), seed=1, requires_grad=False)
+
+    def ours(x, w, b, *pointwise):
+        if op == "dw":
+            return F.depthwise_conv2d(x, w, b, **geometry)
+        return F.separable_conv2d(x, w, pointwise[0], b, pointwise[1], **geometry, mid_activation="tanh")
+
+    def theirs(x, w, b, *pointwise):
+        y = torch.nn.functional.conv2d(x, w, b, **geometry, groups=x.size(-3))
+        return y if op == "dw" else torch.nn.functional.conv2d(torch.tanh(y), *pointwise)
+
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    argnums = tuple(range(len(tensors)))
+    varied, in_dims = batched(tensors, (0,))
+
+    def forward_mode(function):
+        with fwAD.dual_level():
+            duals = [fwAD.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
+            return tuple(fwAD.unpack_dual(function(*duals)))
+
+    transforms = {
+        "jvp": lambda f: jvp(f, tuple(tensors), tangents),
+        "grad": lambda f: grad(scalar(f), argnums)(*tensors),
+        "vmap(grad)": lambda f: vmap(grad(scalar(f), argnums), in_dims)(*varied),
+        "forward-mode AD": forward_mode,
+        "grad of grad": lambda f: grad(lambda *t: grad(scalar(f), 1)(*t).square().sum(), argnums)(*tensors),
+        "jvp of grad": lambda f: jvp(grad(scalar(f), argnums), tuple(tensors), tangents),
+    }
+    for name, transform in transforms.items():
+        torch.testing.assert_close(transform(ours), transform(theirs), msg=lambda m, name=name: f"{name}: {m}")
+    leaves = tuple(t.requires_grad_() for t in tensors)
+    assert gradgradcheck(ours, leaves, fast_mode=True)
 
 
 def scalar(function):

@@ -3,13 +3,15 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT
 
 FORBIDDEN = r"libtorch_cuda|libc10_cuda|libcudart|libcuda\.so|libtorch_python|libpython"
-ISA_OBJECTS = sorted((ROOT / "build").rglob("*_avx*.o"))
+ISA_OBJECTS = sorted((ROOT / "build").glob("temp.*/**/*_avx*.o"))
 
 
 def tool(name: str, *arguments) -> str:
@@ -40,7 +42,10 @@ def test_undefined_symbols(library):
     cxx_torch = [s for s in undefined if re.match(r"_Z.*(2at|3c10|5torch)", s)]
     assert cxx_torch == []
     assert [s for s in undefined if s.startswith("Py")] == []
-    assert [s for s in undefined if s.startswith(("aoti_torch_", "torch_"))] != []
+    torch_c = {s for s in undefined if s.startswith(("aoti_torch_", "torch_"))}
+    cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    exported = {line.split()[-1].partition("@")[0] for line in tool("nm", "-D", "--defined-only", cpu).splitlines()}
+    assert torch_c != set() and torch_c - exported == set()
 
 
 def test_exported_symbols(library):

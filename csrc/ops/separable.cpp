@@ -102,7 +102,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     bool need_pointwise_bias, bool need_residual) {
   constexpr const char* kOp = "separable_backward";
   constexpr ActivationSpec kNone{Activation::none, 0};
-  const ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  // A hardsigmoid just below 1 is 1 as a half, where the derivative is 0: the pre-activation is read, as PyTorch does.
+  mid.hides_kinks = element_size(dtype_of("x", x)) == 2;
   const ActivationSpec last = parse_activation("activation", activation, activation_param);
   SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias,
                                          residual, {stride, padding, dilation}, mid, last);

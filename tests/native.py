@@ -1,0 +1,61 @@
+"""C++ test modules: compiled on demand without torch, incrementally, into ``build/``."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+
+from conftest import ROOT
+from dsconv_ext import _build
+
+RULES = """
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx -shared $in -o $out
+"""
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-DDSCONV_X86={int(_build.IS_X86)}", "-DDSCONV_CUDA=1"]
+
+
+def load(name: str) -> ModuleType:
+    """Build ``tests/<name>.cpp``, link it with the library's objects that know no torch, and import it."""
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [*_build.INCLUDE_DIRS, pybind11.get_include(), sysconfig.get_path("include")]
+    flags = [*FLAGS, *(f"-I{path}" for path in includes)]
+    sources = [s for s in _build.sources(cuda=False) if s.startswith("csrc/cpu/") or s == "csrc/machine.cpp"]
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'c++')}\nflags = {' '.join(flags)}{RULES}",
+        f"build {name}.o: cxx {ROOT / 'tests' / name}.cpp",
+        f"build {library.name}: link {name}.o {' '.join(map(built_object, sources))}\n",
+    ]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the other workers wait
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def built_object(source: str) -> str:
+    """The object the build of the library made of ``source``."""
+    relative = Path(_build.isa_of(source), source).with_suffix(".o")
+    found = sorted((ROOT / "build").glob(f"temp.*/{relative}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        pytest.skip(f"no build folder with {relative}: the library was built elsewhere")
+    return str(found[-1])
