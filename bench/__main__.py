@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,11 @@ def numbers(text: str) -> list[int]:
 
 
 def add_run(commands: Any) -> None:
-    command = commands.add_parser("run", help="time layers: this library and PyTorch, interleaved in one run")
+    command = commands.add_parser(
+        "run",
+        help="time layers: this library and PyTorch, interleaved in one run",
+        description="Exit code 1: a provider was wrong.",
+    )
     what = command.add_argument_group("what")
     what.add_argument("--op", type=words(*problems.OPS), default=list(problems.OPS), help="depthwise,separable")
     what.add_argument("--pass", dest="passes", type=words(*problems.PASSES), default=["fwd"], help="default: fwd")
@@ -71,6 +76,7 @@ def do_run(console: report.Console, arguments: argparse.Namespace) -> int:
         arguments.cache == "cold",
         arguments.time_limit,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
     given = {name: value for name, value in vars(arguments).items() if name != "function"}
     saved: report.Row = {**measure.surroundings(), "arguments": given, "rows": []}
     try:
@@ -128,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         return parsed.function(report.console(), parsed)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the shape files of timm's models: ``python -m bench.extract_shapes [NAME ...]``.
 
 A model with random weights runs once on zeros; hooks note every depthwise Conv2d, and every pair of one with a 1x1
-Conv2d that only a BatchNorm and an activation separate. Nothing is downloaded.
+Conv2d that only a BatchNorm and an activation separate. Needs timm (in the extra `demo`); nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
@@ -16,11 +17,14 @@ from typing import Any, TypeVar
 import torch
 
 import dsconv_ext
+from dsconv_ext import _loader
 
 Sample = tuple[float, int]  # seconds per call; how often the process was preempted meanwhile
 Key = TypeVar("Key", bound=Hashable)
 
 SAMPLES_PER_VISIT = 2
+WARM_UP = 6  # calls before the first sample
+LONG = 0.1  # seconds: a call that takes longer needs no warm-up, and is sampled once per visit
 ENOUGH_SAMPLES = 3
 PATIENCE = 3
 
@@ -53,12 +57,16 @@ class Sampler:
     def __init__(self, function: Callable[[], object], seconds: float = 0.003, cold: bool = False) -> None:
         self.function = function
         self.memory = torch.ones(2 * last_level_cache() // 4) if cold else None
-        for _ in range(3):
-            function()
-        self.calls = 1 if cold else max(1, int(seconds / max(1e-9, min(self._sample(1)[0] for _ in range(3)))))
+        estimates = [self._sample(1)[0]]
+        while len(estimates) < WARM_UP and sum(estimates) < LONG:
+            estimates.append(self._sample(1)[0])
+        self.calls = 1 if cold else max(1, int(seconds / max(1e-9, min(estimates))))
+        self.long = min(estimates) > LONG
 
     def __call__(self) -> list[Sample]:
         """The samples of one visit, after a call that warms up whatever another process ran before."""
+        if self.long:
+            return [self._sample(1)]
         self.function()
         return [self._sample(self.calls) for _ in range(SAMPLES_PER_VISIT)]
 
@@ -79,13 +87,13 @@ def interleave(
 ) -> dict[Key, list[Sample]]:
     """Visit every candidate once per round, in random order, and collect its samples.
 
-    Up to `PATIENCE` times as many rounds are made while too many samples of a candidate were preempted. A candidate
-    that answers with no samples has failed: it is not asked again, and what it gave before is discarded.
+    While over half of a candidate's samples were preempted, more rounds follow, up to `PATIENCE` times as many. A
+    candidate that answers with no samples has failed: it is not asked again, and what it gave before is discarded.
     """
     order = random.Random(seed)
     samples: dict[Key, list[Sample]] = {key: [] for key in candidates}
     for done in range(PATIENCE * rounds):
-        if done >= rounds and all(len(undisturbed(taken)) >= rounds for taken in samples.values()):
+        if done >= rounds and all(2 * len(undisturbed(taken)) >= len(taken) for taken in samples.values()):
             break
         for key in order.sample(list(samples), len(samples)):
             taken = candidates[key]()
@@ -124,9 +132,17 @@ def surroundings() -> dict[str, Any]:
         "dsconv_ext": dsconv_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "dsconv_isa": _library_isa(),
     }
     return {"machine": _machine(), "versions": versions}
+
+
+def _library_isa() -> str:
+    """The instruction set the kernels use, or why there are none."""
+    if _loader.error is not None:
+        return f"none, {_loader.error}"
+    return json.loads(torch.ops.dsconv.build_info())["cpu_isa_used"]
 
 
 def _machine() -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-IDENTITY = ("problem", "pass", "threads", "provider")
+IDENTITY = ("problem", "pass", "threads", "cache", "provider")
 GROUP = ("op", "pass", "dtype", "threads", "provider", "layout")
 FILE_WIDTH = 160
 

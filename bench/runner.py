@@ -179,10 +179,10 @@ def measurement(chosen: list[Candidate], pass_name: str, settings: Settings) -> 
     for index, samples in measure.interleave(visits, rounds=settings.rounds).items():
         chosen[index].timing = measure.summary(samples)
     best = min((c.timing.median for c in chosen if c.baseline and c.status == "ok" and c.timing), default=None)
-    return [row(candidate, pass_name, best) for candidate in chosen]
+    return [row(candidate, pass_name, settings, best) for candidate in chosen]
 
 
-def row(candidate: Candidate, pass_name: str, best: float | None) -> Row:
+def row(candidate: Candidate, pass_name: str, settings: Settings, best: float | None) -> Row:
     """What is reported and saved of a candidate."""
     case, timing = candidate.case, candidate.timing
     given: Row = {
@@ -192,6 +192,7 @@ def row(candidate: Candidate, pass_name: str, best: float | None) -> Row:
         "dtype": case.dtype_name,
         "layout": case.layout,
         "threads": candidate.worker.threads,
+        "cache": "cold" if settings.cold else "warm",
         "provider": candidate.provider,
         "status": candidate.status,
         "detail": candidate.detail,
