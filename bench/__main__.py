@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -77,6 +78,9 @@ def do_run(console: report.Console, arguments: argparse.Namespace) -> int:
         arguments.time_limit,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
+    cores = len(os.sched_getaffinity(0))
+    if max(settings.threads) > cores:
+        console.print(f"[red]{max(settings.threads)} threads on {cores} cores: those times mean little.")
     given = {name: value for name, value in vars(arguments).items() if name != "function"}
     saved: report.Row = {**measure.surroundings(), "arguments": given, "rows": []}
     try:

@@ -38,7 +38,7 @@ class Timing:
     p80: float
     samples: int
     dropped: int  # preempted samples that were left out
-    clean: bool  # False: too few samples were not preempted, so all were kept
+    clean: bool  # False: too few samples were not preempted, so the fastest half was kept
 
 
 class Sampler:
@@ -110,10 +110,15 @@ def undisturbed(samples: list[Sample]) -> list[float]:
 
 
 def summary(samples: list[Sample]) -> Timing:
-    """Drop the samples in which the process was preempted, unless fewer than three are left."""
+    """Drop the samples in which the process was preempted; if fewer than three are left, the slower half instead.
+
+    Being preempted only ever costs time, so the faster samples are the less disturbed ones.
+    """
     kept = undisturbed(samples)
     clean = len(kept) >= min(ENOUGH_SAMPLES, len(samples))
-    kept = [seconds * 1e6 for seconds in (kept if clean else [seconds for seconds, _ in samples])]
+    if not clean:
+        kept = sorted(seconds for seconds, _ in samples)[: max(ENOUGH_SAMPLES, len(samples) // 2)]
+    kept = [seconds * 1e6 for seconds in kept]
     fifths = statistics.quantiles(kept, n=5, method="inclusive") if len(kept) > 1 else kept * 4
     return Timing(statistics.median(kept), fifths[0], fifths[3], len(kept), len(samples) - len(kept), clean)
 

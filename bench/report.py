@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -86,9 +87,13 @@ def _without_layout(row: Row) -> str:
 def _numbers(row: Row) -> tuple[str, ...]:
     if "median" not in row:
         return f"[red]{row['status']}", *[""] * 5
-    noisy = "" if row["clean"] else "~"  # every sample was preempted
-    times = (f"{noisy}{row['median']:.1f}", f"{row['p20']:.1f}", f"{row['p80']:.1f}")
+    times = (f"{_noisy(row)}{row['median']:.1f}", f"{row['p20']:.1f}", f"{row['p80']:.1f}")
     return *times, f"{row['gflops']:.1f}", f"{row['gbytes']:.1f}", _ratio(row)
+
+
+def _noisy(row: Row) -> str:
+    """The mark of a time for which hardly a sample was undisturbed."""
+    return "" if row["clean"] else "~"
 
 
 def _ratio(row: Row) -> str:
@@ -101,24 +106,28 @@ def _ratio(row: Row) -> str:
 
 def means(rows: Iterable[Row]) -> list[Row]:
     """The geometric mean of the ratios of each operation, pass, dtype, number of threads, provider and layout."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["ratio"] is not None:
-            groups.setdefault(tuple(row[key] for key in GROUP), []).append(row["ratio"])
-    return [
-        {
-            **dict(zip(GROUP, group, strict=True)),
-            "mean": statistics.geometric_mean(ratios),
-            "problems": len(ratios),
-            "behind": sum(ratio < 1 for ratio in ratios),
-            "worst": min(ratios),
-        }
-        for group, ratios in groups.items()
-    ]
+            groups.setdefault(tuple(row[key] for key in GROUP), []).append(row)
+    return [{**dict(zip(GROUP, group, strict=True)), **_mean(members)} for group, members in groups.items()]
+
+
+def _mean(rows: list[Row]) -> Row:
+    ratios = [row["ratio"] for row in rows]
+    return {
+        "mean": statistics.geometric_mean(ratios),
+        "problems": len(ratios),
+        "behind": sum(ratio < 1 for ratio in ratios),
+        "worst": min(ratios),
+        "noisy": sum(not row["clean"] for row in rows),
+    }
 
 
 def print_means(console: Console, rows: list[Row]) -> None:
-    made = table("op", "pass", "dtype", "thr", "provider", "x best torch", "problems", "behind", "worst", text=5)
+    made = table(
+        "op", "pass", "dtype", "thr", "provider", "x best torch", "problems", "behind", "worst", "noisy", text=5
+    )
     for mean in means(rows):
         made.add_row(
             *(str(mean[key]) for key in GROUP[:4]),
@@ -127,17 +136,17 @@ def print_means(console: Console, rows: list[Row]) -> None:
             str(mean["problems"]),
             str(mean["behind"]),
             f"{mean['worst']:.2f}",
+            str(mean["noisy"]),
         )
     console.print("Geometric means of the best PyTorch time over the provider's:")
     console.print(made)
-    absent = [row for row in rows if row["status"] != "ok"]
-    for row in absent:
+    for row in (row for row in rows if row["status"] != "ok"):
         where = f"{row['problem']} {row['pass']} with {row['threads']} threads: {row['provider']}"
-        console.print(f"[red]{where}: {row['status']}[/] {row['detail']}", highlight=False, soft_wrap=True)
+        console.print(f"[red]{where}: {row['status']}[/] {escape(row['detail'])}", highlight=False, soft_wrap=True)
 
 
 def compare(before: list[Row], after: list[Row]) -> list[Row]:
-    """The rows both runs have; `change` is what the provider gained relative to PyTorch in the same run.
+    """The rows both runs have; `ratio` is what the provider gained relative to PyTorch in the same run.
 
     Absolute times of two runs do not compare: the machine may have been slower in one of them.
     """
@@ -148,6 +157,7 @@ def compare(before: list[Row], after: list[Row]) -> list[Row]:
             **{key: new[key] for key in (*IDENTITY, "op", "dtype", "layout", "status")},
             "before": old["ratio"],
             "after": new["ratio"],
+            "clean": old["clean"] and new["clean"],
             "time": old["median"] / new["median"],
             "ratio": new["ratio"] / old["ratio"] if new["ratio"] and old["ratio"] else None,
         }
@@ -166,7 +176,14 @@ def print_comparison(console: Console, first: Row, second: Row) -> None:
     made = table("problem", "pass", "thr", "provider", "before", "after", "gain", "time before/after", text=4)
     for row in rows:
         ratios = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("before", "after", "ratio"))
-        made.add_row(row["problem"], row["pass"], str(row["threads"]), row["provider"], *ratios, f"{row['time']:.2f}")
+        made.add_row(
+            row["problem"],
+            row["pass"],
+            str(row["threads"]),
+            row["provider"],
+            *ratios,
+            f"{_noisy(row)}{row['time']:.2f}",
+        )
     console.print(made)
     for mean in means(rows):
         name = " ".join(str(mean[key]) for key in GROUP)
