@@ -258,6 +258,7 @@ def _backward(first: _Stage, second: _Stage | None, g: Tensor, *needs: bool) -> 
 
 PROVIDERS = {
     "dsconv": Provider(dsconv),
+    # Only fwd and step can be fused; in the other passes this does what dsconv does.
     "dsconv-unfused": Provider(functools.partial(dsconv, fuse="never"), ops=("sep",)),
     "torch": Provider(composition, layout="nchw", baseline=True),
     "torch-channels-last": Provider(composition, layout="nhwc", baseline=True),
