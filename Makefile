@@ -79,8 +79,8 @@ format: $(STAMP) ## apply the style
 	ruff format .
 	$(CXX_FILES) | xargs -r clang-format -i
 
-bench: build ## run the benchmarks (ARGS="overhead --json out.json")
-	"$(PY)" -m bench $(or $(ARGS),overhead)
+bench: build ## time the layers of MobileNetV2 (ARGS="run --shapes xception --pass fwd,bwd --json out.json")
+	"$(PY)" -m bench $(or $(ARGS),run --shapes mobilenet_v2)
 
 wheel: $(STAMP) ## build a wheel into dist/
 	"$(PY)" -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

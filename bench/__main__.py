@@ -1,65 +1,146 @@
-"""Command line: ``python -m bench overhead``."""
+"""Command line: ``python -m bench run | report | compare | overhead``."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+from rich.progress import Progress
 
-import dsconv_ext.functional
-import dsconv_ext.nn
-
-from .measure import interleave, machine
-
-
-def overhead(rounds: int) -> list[dict[str, object]]:
-    """Time calls on a map so small that only their fixed cost counts, against F.conv2d on channels_last.
-
-    Returns
-    -------
-    list of dict
-        One per grad mode and form of the call: microseconds per call (median, p20, p80) and the ratio to F.conv2d.
-    """
-    torch.set_num_threads(1)
-    channels = 16
-    conv = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=channels).eval()
-    module = dsconv_ext.nn.DepthwiseConv2d.from_conv(conv)
-    x = torch.randn(1, channels, 3, 3).to(memory_format=torch.channels_last)
-    weight, bias = conv.weight, conv.bias
-    candidates = {
-        "F.conv2d": lambda: F.conv2d(x, weight, bias, 1, 1, 1, channels),
-        "functional.depthwise_conv2d": lambda: dsconv_ext.functional.depthwise_conv2d(x, weight, bias, 1, 1, 1),
-        "nn.DepthwiseConv2d": lambda: module(x),
-    }
-    rows = []
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            timings = interleave(candidates, rounds=rounds)
-        for name, timing in timings.items():
-            ratio = timing.median / timings["F.conv2d"].median
-            rows.append({"mode": mode.__name__, "call": name, **vars(timing), "ratio": ratio})
-    return rows
+from . import measure, problems, providers, report
+from .overhead import overhead
+from .runner import Settings, run
 
 
-def main() -> None:
+def words(*allowed: str) -> Callable[[str], list[str]]:
+    """The type of an option that takes a comma-separated list."""
+
+    def read(text: str) -> list[str]:
+        given = text.split(",")
+        for word in given:
+            if allowed and word not in allowed:
+                raise argparse.ArgumentTypeError(f"got {word!r}, expected some of {','.join(allowed)}")
+        return given
+
+    return read
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def add_run(commands: Any) -> None:
+    command = commands.add_parser(
+        "run",
+        help="time layers: this library and PyTorch, interleaved in one run",
+        description="Exit code 1: a provider was wrong.",
+    )
+    what = command.add_argument_group("what")
+    what.add_argument("--op", type=words(*problems.OPS), default=list(problems.OPS), help="depthwise,separable")
+    what.add_argument("--pass", dest="passes", type=words(*problems.PASSES), default=["fwd"], help="default: fwd")
+    what.add_argument("--shapes", type=words(), default=[], help="names of bench/shapes, or .txt files like them")
+    what.add_argument("--problem", action="append", default=[], help="a problem string of tests/cases.py; repeatable")
+    what.add_argument("--batch", type=numbers, default=[1])
+    what.add_argument("--dtype", type=words("fp64", "fp32", "bf16", "fp16"), default=["fp32"])
+    what.add_argument("--layout", type=words(*problems.LAYOUTS), default=["nhwc"], help="of providers that take any")
+    what.add_argument("--threads", type=numbers, default=[1])
+    what.add_argument("--providers", type=words(), default=["dsconv", "torch", "torch-channels-last"])
+    how = command.add_argument_group("how")
+    how.add_argument("--rounds", type=int, default=16)
+    how.add_argument("--sample-ms", type=float, default=3.0, help="length of a warm sample")
+    how.add_argument("--cache", choices=["warm", "cold"], default="warm")
+    how.add_argument("--time-limit", type=float, default=60.0, help="seconds until a worker is killed")
+    how.add_argument("--json", help="save the run")
+    how.add_argument("--csv", help="save its rows")
+    command.set_defaults(function=do_run)
+
+
+def do_run(console: report.Console, arguments: argparse.Namespace) -> int:
+    layers = problems.select(
+        arguments.shapes, arguments.problem, arguments.op, arguments.batch, arguments.dtype, arguments.layout
+    )
+    if not layers:
+        raise ValueError("nothing to measure: give --shapes or --problem")
+    for name in arguments.providers:
+        providers.find(name)
+    settings = Settings(
+        layers,
+        arguments.passes,
+        arguments.threads,
+        arguments.providers,
+        arguments.rounds,
+        arguments.sample_ms / 1000,
+        arguments.cache == "cold",
+        arguments.time_limit,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
+    cores = len(os.sched_getaffinity(0))
+    if max(settings.threads) > cores:
+        console.print(f"[red]{max(settings.threads)} threads on {cores} cores: those times mean little.")
+    given = {name: value for name, value in vars(arguments).items() if name != "function"}
+    saved: report.Row = {**measure.surroundings(), "arguments": given, "rows": []}
+    try:
+        # Without a refreshing thread, which would preempt the workers.
+        with Progress(console=console, auto_refresh=False, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(layers) * len(settings.passes) * len(settings.threads))
+            for rows in run(settings):
+                saved["rows"] += rows
+                progress.update(task, advance=1, refresh=True)
+    finally:  # an interrupted run is saved too
+        if arguments.json:
+            report.save_json(arguments.json, saved)
+        if arguments.csv:
+            report.save_csv(arguments.csv, saved["rows"])
+        report.print_run(console, saved)
+    return int(any(row["status"] == "wrong" for row in saved["rows"]))
+
+
+def do_report(console: report.Console, arguments: argparse.Namespace) -> int:
+    report.print_run(console, report.load_json(arguments.file))
+    return 0
+
+
+def do_compare(console: report.Console, arguments: argparse.Namespace) -> int:
+    report.print_comparison(console, report.load_json(arguments.before), report.load_json(arguments.after))
+    return 0
+
+
+def do_overhead(console: report.Console, arguments: argparse.Namespace) -> int:
+    rows = overhead(arguments.rounds)
+    saved = {**measure.surroundings(), "rows": rows}
+    if arguments.json:
+        report.save_json(arguments.json, saved)
+    report.print_overhead(console, saved)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    add_run(commands)
+    command = commands.add_parser("report", help="print the tables of a saved run")
+    command.add_argument("file")
+    command.set_defaults(function=do_report)
+    command = commands.add_parser("compare", help="print before and after of two saved runs, row by row")
+    command.add_argument("before")
+    command.add_argument("after")
+    command.set_defaults(function=do_compare)
     command = commands.add_parser("overhead", help="fixed cost of a call, against F.conv2d")
     command.add_argument("--rounds", type=int, default=40)
-    command.add_argument("--json", help="also write the rows to this file")
-    arguments = parser.parse_args()
-    rows = overhead(arguments.rounds)
-    print(machine())
-    print(f"{'mode':16s}{'call':30s}{'us':>8s}{'p20':>8s}{'p80':>8s}{'ratio':>8s}")
-    for row in rows:
-        numbers = "".join(f"{row[key]:8.2f}" for key in ("median", "p20", "p80", "ratio"))
-        print(f"{row['mode']:16s}{row['call']:30s}{numbers}")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine(), "rows": rows}, file, indent=1)
+    command.add_argument("--json", help="save the run")
+    command.set_defaults(function=do_overhead)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.function(report.console(), parsed)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

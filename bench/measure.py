@@ -2,84 +2,158 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 import dsconv_ext
+from dsconv_ext import _loader
+
+Sample = tuple[float, int]  # seconds per call; how often the process was preempted meanwhile
+Key = TypeVar("Key", bound=Hashable)
+
+SAMPLES_PER_VISIT = 2
+WARM_UP = 6  # calls before the first sample
+LONG = 0.1  # seconds: a call that takes longer needs no warm-up, and is sampled once per visit
+ENOUGH_SAMPLES = 3
+PATIENCE = 3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one call in microseconds: median and the 20th and 80th percentile of the samples that were kept."""
+    """Time of one call in microseconds: median, 20th and 80th percentile of the samples that were kept."""
 
     median: float
     p20: float
     p80: float
     samples: int
+    dropped: int  # preempted samples that were left out
+    clean: bool  # False: too few samples were not preempted, so the fastest half was kept
 
 
-def interleave(
-    candidates: dict[str, Callable[[], object]], *, rounds: int = 40, sample_seconds: float = 0.002, seed: int = 0
-) -> dict[str, Timing]:
-    """Time every candidate in one run.
+class Sampler:
+    """Takes samples of a function in this process.
 
     Parameters
     ----------
-    candidates : dict
-        Functions of no arguments by name.
-    rounds : int
-        Samples of each candidate.
-    sample_seconds : float
-        Length of one sample: the calls of a sample are as many as fit, at least one.
-    seed : int
-        Of the random order within a round.
-
-    Returns
-    -------
-    dict of Timing
-        A sample in which the process was preempted (ru_nivcsw) is dropped, unless fewer than three are left.
+    function : callable
+        Of no arguments.
+    seconds : float
+        Length of one warm sample: the calls of a sample are as many as fit, at least one.
+    cold : bool
+        Time single calls, each after a walk over more memory than the last-level cache holds.
     """
-    calls = {}
-    for name, candidate in candidates.items():
-        for _ in range(3):
-            candidate()
-        calls[name] = max(1, int(sample_seconds / min(_sample(candidate, 1)[0] for _ in range(3))))
+
+    def __init__(self, function: Callable[[], object], seconds: float = 0.003, cold: bool = False) -> None:
+        self.function = function
+        self.memory = torch.ones(2 * last_level_cache() // 4) if cold else None
+        estimates = [self._sample(1)[0]]
+        while len(estimates) < WARM_UP and sum(estimates) < LONG:
+            estimates.append(self._sample(1)[0])
+        self.calls = 1 if cold else max(1, int(seconds / max(1e-9, min(estimates))))
+        self.long = min(estimates) > LONG
+
+    def __call__(self) -> list[Sample]:
+        """The samples of one visit, after a call that warms up whatever another process ran before."""
+        if self.long:
+            return [self._sample(1)]
+        self.function()
+        return [self._sample(self.calls) for _ in range(SAMPLES_PER_VISIT)]
+
+    def _sample(self, calls: int) -> Sample:
+        if self.memory is not None:
+            self.memory.sum()
+        function = self.function
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        seconds = (time.perf_counter() - start) / calls
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
+
+
+def interleave(
+    candidates: Mapping[Key, Callable[[], list[Sample]]], *, rounds: int = 16, seed: int = 0
+) -> dict[Key, list[Sample]]:
+    """Visit every candidate once per round, in random order, and collect its samples.
+
+    While over half of a candidate's samples were preempted, more rounds follow, up to `PATIENCE` times as many. A
+    candidate that answers with no samples has failed: it is not asked again, and what it gave before is discarded.
+    """
     order = random.Random(seed)
-    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name in order.sample(list(candidates), len(candidates)):
-            candidates[name]()  # warm, whatever ran before
-            samples[name].append(_sample(candidates[name], calls[name]))
-    return {name: _summary(taken) for name, taken in samples.items()}
+    samples: dict[Key, list[Sample]] = {key: [] for key in candidates}
+    for done in range(PATIENCE * rounds):
+        if done >= rounds and all(2 * len(undisturbed(taken)) >= len(taken) for taken in samples.values()):
+            break
+        for key in order.sample(list(samples), len(samples)):
+            taken = candidates[key]()
+            if taken:
+                samples[key] += taken
+            else:
+                del samples[key]
+    return samples
 
 
-def _sample(candidate: Callable[[], object], calls: int) -> tuple[float, int]:
-    """Seconds per call and how often the process was preempted meanwhile."""
-    switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    start = time.perf_counter()
-    for _ in range(calls):
-        candidate()
-    seconds = (time.perf_counter() - start) / calls
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
+def undisturbed(samples: list[Sample]) -> list[float]:
+    """The seconds of the samples in which the process was not preempted."""
+    return [seconds for seconds, switches in samples if not switches]
 
 
-def _summary(samples: list[tuple[float, int]]) -> Timing:
-    clean = sorted(seconds * 1e6 for seconds, switches in samples if not switches)
-    kept = clean if len(clean) >= 3 else sorted(seconds * 1e6 for seconds, _ in samples)
-    p20, p80 = kept[len(kept) // 5], kept[-1 - len(kept) // 5]
-    return Timing(statistics.median(kept), p20, p80, len(kept))
+def summary(samples: list[Sample]) -> Timing:
+    """Drop the samples in which the process was preempted; if fewer than three are left, the slower half instead.
+
+    Being preempted only ever costs time, so the faster samples are the less disturbed ones.
+    """
+    kept = undisturbed(samples)
+    clean = len(kept) >= min(ENOUGH_SAMPLES, len(samples))
+    if not clean:
+        kept = sorted(seconds for seconds, _ in samples)[: max(ENOUGH_SAMPLES, len(samples) // 2)]
+    kept = [seconds * 1e6 for seconds in kept]
+    fifths = statistics.quantiles(kept, n=5, method="inclusive") if len(kept) > 1 else kept * 4
+    return Timing(statistics.median(kept), fifths[0], fifths[3], len(kept), len(samples) - len(kept), clean)
 
 
-def machine() -> str:
-    """One line on where a run was made."""
+def last_level_cache() -> int:
+    """Bytes of the largest cache the system tells of; 64 MiB where it tells of none."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [file.read_text(encoding="utf-8").strip() for file in files]
+    return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1] in units), default=64 * 2**20)
+
+
+def surroundings() -> dict[str, Any]:
+    """Where and with what a run was made: the machine in one line, and the versions."""
+    versions = {
+        "dsconv_ext": dsconv_ext.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "dsconv_isa": _library_isa(),
+    }
+    return {"machine": _machine(), "versions": versions}
+
+
+def _library_isa() -> str:
+    """The instruction set the kernels use, or why there are none."""
+    if _loader.error is not None:
+        return f"none, {_loader.error}"
+    return json.loads(torch.ops.dsconv.build_info())["cpu_isa_used"]
+
+
+def _machine() -> str:
     cpu = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") as info:
-        cpu = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), cpu)
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, dsconv_ext {dsconv_ext.__version__}"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    cache = f"{last_level_cache() / 2**20:.0f} MiB last-level cache"
+    return f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {cache}, {platform.platform()}"
