@@ -137,12 +137,13 @@ class Case {
 // One launch into fresh outputs and a fresh workspace; "" or what it touched that was not its own.
 std::string launch(const Row& row, Case& subject, const Runtime& runtime, Plant plant, Tensors& outputs) {
   const Spec& spec = subject.spec();
+  const Spec solved = misread(spec, plant);
   auto bytes_of = [&]<class Problem>(const Problem& problem) {
     return kernel_of<Problem>(row).workspace_bytes(problem, runtime.threads);
   };
-  const auto bytes = static_cast<int64_t>(subject.with(spec, outputs, &row, bytes_of));
+  const auto bytes = static_cast<int64_t>(subject.with(solved, outputs, &row, bytes_of));
   const Buffer workspace(bytes, spec.offset * 8 % 64);
-  subject.with(misread(spec, plant), outputs, &row, [&]<class Problem>(const Problem& problem) {
+  subject.with(solved, outputs, &row, [&]<class Problem>(const Problem& problem) {
     kernel_of<Problem>(row).launch(problem, runtime, workspace.data());
   });
   misbehave(plant, runtime, subject.inputs(), outputs, workspace);

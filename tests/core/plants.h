@@ -11,24 +11,24 @@ namespace dsconv::core_test {
 
 enum class Plant : uint8_t {
   none,
-  write_behind,        // one element behind the output
-  write_before,        // one element before it
-  write_input,         // the input is scratch
-  workspace_behind,    // one byte behind the workspace
-  read_behind,         // one element behind the input: ASan's business
-  skip_channel,        // the last channel stays as it was
-  drop_product,        // one product less in every sum
-  half_sums,           // results as if sums were kept in bfloat16
-  count_threads,       // bits that depend on the number of threads
-  order_of_slots,      // bits that depend on the slot that comes first
-  race,                // slots share a variable: TSan's business
-  overflow,            // of a signed number: UBSan's business
-  illegal_instruction  // what a kernel does on a processor without its instruction set
+  write_behind,      // one element behind the output
+  write_before,      // one element before it
+  write_input,       // the input is scratch
+  workspace_behind,  // one byte behind the workspace
+  read_behind,       // one element behind the input: ASan's business
+  skip_channel,      // the last channel stays as it was
+  drop_product,      // one product less in every sum
+  half_sums,         // results as if sums were kept in bfloat16
+  count_threads,     // bits that depend on the number of threads
+  order_of_slots,    // bits that depend on the slot that comes first
+  race,              // slots share a variable: TSan's business
+  overflow,          // of a signed number: UBSan's business
+  wide_instruction   // one of AVX-512, wherever this runs: an emulator's business
 };
 constexpr const char* kPlants[] = {
-    "none",           "write_behind", "write_before", "write_input",        "workspace_behind",
-    "read_behind",    "skip_channel", "drop_product", "half_sums",          "count_threads",
-    "order_of_slots", "race",         "overflow",     "illegal_instruction"};
+    "none",           "write_behind", "write_before", "write_input",     "workspace_behind",
+    "read_behind",    "skip_channel", "drop_product", "half_sums",       "count_threads",
+    "order_of_slots", "race",         "overflow",     "wide_instruction"};
 
 // The smaller problem that a kernel with a mistake in its loops would solve.
 inline Spec misread(Spec s, Plant plant) {
@@ -94,7 +94,11 @@ inline void misbehave(Plant plant, const Runtime& runtime, const Tensors& inputs
   if (plant == Plant::half_sums) lose_precision(outputs);
   volatile int largest = INT_MAX;
   if (plant == Plant::overflow) largest = largest + 1;
-  if (plant == Plant::illegal_instruction) __builtin_trap();
+#if DSCONV_X86
+  if (plant == Plant::wide_instruction) asm volatile("vpxord %%zmm0, %%zmm0, %%zmm0" ::: "xmm0");
+#else
+  if (plant == Plant::wide_instruction) __builtin_trap();
+#endif
 }
 
 }  // namespace dsconv::core_test
