@@ -105,7 +105,8 @@ def build(variant: Variant) -> Path:
 
 def drive(variant: Variant, *options: str, runner: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Run the driver; stderr, where sanitizers write, is part of its output."""
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    sanitizers = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1"}
+    environment = {**os.environ, **sanitizers}
     environment.pop("DSCONV_CPU_ISA", None)
     command = [*(runner or variant.runner), str(build(variant)), *options]
     return subprocess.run(

@@ -51,6 +51,7 @@ void die(int number) {
 void watch_for_death() {
 #if CORE_SANITIZED
   __sanitizer_set_death_callback(report_death);
+  std::signal(SIGABRT, die);  // UBSan keeps a callback of its own; with abort_on_error=1 it comes here
 #else
   for (int number : {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGABRT}) std::signal(number, die);
 #endif

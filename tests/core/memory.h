@@ -76,6 +76,12 @@ inline double smallest(DType t) {  // the spacing of subnormals
   return t == DType::f64 ? 0x1p-1074 : t == DType::f32 ? 0x1p-149 : t == DType::bf16 ? 0x1p-133 : 0x1p-24;
 }
 
+#if defined(__aarch64__)
+using Half = __fp16;  // what g++ 12 calls it in C++ there
+#else
+using Half = _Float16;
+#endif
+
 inline double load(DType t, const unsigned char* p) {
   auto as = [&]<class T>(T value) {
     std::memcpy(&value, p, sizeof value);
@@ -83,7 +89,7 @@ inline double load(DType t, const unsigned char* p) {
   };
   if (t == DType::f64) return as(double{});
   if (t == DType::f32) return as(float{});
-  if (t == DType::f16) return as(_Float16{});
+  if (t == DType::f16) return as(Half{});
   const uint32_t bits = uint32_t{as(uint16_t{})} << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -94,7 +100,7 @@ inline void store(DType t, unsigned char* p, double x) {
   auto as = [&](auto value) { std::memcpy(p, &value, sizeof value); };
   if (t == DType::f64) return as(x);
   if (t == DType::f32) return as(static_cast<float>(x));
-  if (t == DType::f16) return as(static_cast<_Float16>(x));
+  if (t == DType::f16) return as(static_cast<Half>(x));
   const float value = static_cast<float>(x);
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
