@@ -9,7 +9,12 @@ namespace dsconv::core_test {
 
 using Views = std::array<View, kRoles>;
 
-inline DepthwiseProblem depthwise_problem(const Spec& s, const Views& v) {
+// Weights as a target's packers wrote them, or null.
+struct Packed {
+  const void *depthwise = nullptr, *pointwise = nullptr;
+};
+
+inline DepthwiseProblem depthwise_problem(const Spec& s, const Views& v, const Packed& packed) {
   DepthwiseProblem p{};
   p.dtype = s.dtype;
   p.batch = s.batch;
@@ -19,7 +24,6 @@ inline DepthwiseProblem depthwise_problem(const Spec& s, const Views& v) {
     p.window.in[dim] = s.in[dim];
     p.window.out[dim] = s.out[dim];
     p.window.taps[dim] = s.taps[dim];
-    if (s.pass == Pass::mask) continue;  // position by position: the operator leaves the rest zero
     p.window.stride[dim] = s.stride[dim];
     p.window.dilation[dim] = s.dilation[dim];
     p.window.pad[dim] = s.pad[dim];
@@ -34,10 +38,11 @@ inline DepthwiseProblem depthwise_problem(const Spec& s, const Views& v) {
   p.grad_bias = v[kGradBias];
   if (s.pass == Pass::depthwise_fwd) p.y = v[kOutput];
   if (s.pass == Pass::depthwise_dgrad || s.pass == Pass::mask) p.grad_x = v[kOutput];
+  p.packed = packed.depthwise;
   return p;
 }
 
-inline PointwiseProblem pointwise_problem(const Spec& s, const Views& v, const void* packed) {
+inline PointwiseProblem pointwise_problem(const Spec& s, const Views& v, const Packed& packed) {
   PointwiseProblem p{};
   p.dtype = s.dtype;
   p.batch = s.batch;
@@ -53,17 +58,17 @@ inline PointwiseProblem pointwise_problem(const Spec& s, const Views& v, const v
   p.grad = v[kGrad];
   p.grad_weight = v[kGradWeight];
   p.grad_bias = v[kGradBias];
-  p.packed = packed;
+  p.packed = packed.pointwise;
   return p;
 }
 
 // Calls use(problem) with the struct of the pass.
 template <class Use>
-auto with_problem(const Spec& s, const Views& v, const void* packed, Use use) {
+auto with_problem(const Spec& s, const Views& v, const Packed& packed, Use use) {
   if (s.pass == Pass::separable_fwd)
-    return use(SeparableProblem{depthwise_problem(s, v), pointwise_problem(s, v, packed)});
+    return use(SeparableProblem{depthwise_problem(s, v, packed), pointwise_problem(s, v, packed)});
   if (s.pointwise()) return use(pointwise_problem(s, v, packed));
-  return use(depthwise_problem(s, v));
+  return use(depthwise_problem(s, v, packed));
 }
 
 using Tensors = std::map<Role, Tensor>;

@@ -68,7 +68,7 @@ class Case {
   // Calls use(problem) for the views of these inputs and of `outputs`.
   template <class Use>
   auto with(const Spec& spec, const Tensors& outputs, const Row* row, Use use) {
-    return with_problem(spec, views_of(inputs_, outputs), row && spec.packed ? packed_for(*row) : nullptr, use);
+    return with_problem(spec, views_of(inputs_, outputs), row && spec.packed ? packed_for(*row) : Packed{}, use);
   }
   const char* refusal(const Row& row) {
     return with(spec_, outputs_, &row,
@@ -87,7 +87,7 @@ class Case {
       const Buffer& buffer = tensor.buffer();
       if (std::memcmp(buffer.data(), before_.at(role).data(), buffer.bytes()) != 0 || !buffer.intact()) return false;
     }
-    for (const auto& [target, buffer] : packed_) {
+    for (const auto& [part, buffer] : packed_) {
       if (!buffer.intact()) return false;
     }
     return true;
@@ -114,16 +114,27 @@ class Case {
     }
     return numbers_;
   }
-  const void* packed_for(const Row& row) {
-    const Packer* packer = packer_of(row.target);
-    if (!packer || !spec_.pointwise()) return nullptr;
-    auto found = packed_.find(row.target);
-    if (found == packed_.end()) {
-      fill();
-      const PointwiseProblem problem = pointwise_problem(spec_, views_of(inputs_, {}), nullptr);
-      found = packed_.emplace(row.target, Buffer(static_cast<int64_t>(packer->bytes(problem)), 0)).first;
-      packer->pack(problem, found->second.data());
-    }
+  // As the operators do it: both parts packed without a word about strides, dilations or the multiplier.
+  Packed packed_for(const Row& row) {
+    Spec weights = spec_;
+    weights.channels = spec_.map_channels();
+    weights.multiplier = 1;
+    for (int dim = 0; dim < 3; ++dim) weights.stride[dim] = weights.dilation[dim] = 1;
+    fill();
+    const Views views = views_of(inputs_, {});
+    Packed packed;
+    if (spec_.depthwise()) packed.depthwise = packed_part(row.target, depthwise_problem(weights, views, {}));
+    if (spec_.pointwise()) packed.pointwise = packed_part(row.target, pointwise_problem(weights, views, {}));
+    return packed;
+  }
+  template <class Problem>
+  const void* packed_part(Target target, const Problem& problem) {
+    constexpr bool kDepthwise = std::is_same_v<Problem, DepthwiseProblem>;
+    const Packer<Problem>& packer = packer_of<Problem>(target);
+    const auto bytes = static_cast<int64_t>(packer.bytes(problem));
+    if (bytes == 0) return nullptr;
+    auto [found, fresh] = packed_.try_emplace({target, kDepthwise}, bytes, 0);
+    if (fresh) packer.pack(problem, found->second.data());
     return found->second.data();
   }
 
@@ -132,7 +143,7 @@ class Case {
   Numbers numbers_;
   std::map<Role, std::vector<unsigned char>> before_;
   std::optional<Results> expected_;
-  std::map<Target, Buffer> packed_;
+  std::map<std::pair<Target, bool>, Buffer> packed_;  // by target, depthwise or pointwise
 };
 
 // One launch into fresh outputs and a fresh workspace; "" or what it touched that was not its own.

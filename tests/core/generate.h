@@ -117,13 +117,12 @@ inline void limit_work(Random& r, Spec& s, bool shared) {
 
 inline void draw_parts(Random& r, Spec& s) {
   const bool forward = s.pass == Pass::depthwise_fwd || s.pass == Pass::pointwise_fwd || s.pass == Pass::separable_fwd;
-  s.activation = draw_activation(r, s.data);
+  if (forward || s.pass == Pass::mask) s.activation = draw_activation(r, s.data);
   if (s.pass == Pass::separable_fwd) s.mid = draw_activation(r, s.data);
-  if (s.pass == Pass::pointwise_wgrad) s.activation = {};
   s.bias = forward && s.depthwise() && !r.one_in(3);
   s.pointwise_bias = forward && s.pointwise() && !r.one_in(3);
   s.residual = forward && s.pointwise() && r.one_in(3);
-  s.packed = forward && s.pointwise() && r.one_in(2);
+  s.packed = forward && r.one_in(2);
   if (s.pass != Pass::depthwise_wgrad && s.pass != Pass::pointwise_wgrad) return;
   const int64_t want = r.below(4);
   s.want_weight = want != 0;

@@ -33,7 +33,7 @@ inline Numbers evaluate(Spec s, const Numbers& numbers) {
   for (Layout& layout : s.layout) layout = Layout::contiguous;
   Tensors inputs = tensors_of(s, false), outputs = tensors_of(s, true);
   for (auto& [role, tensor] : inputs) tensor.fill(numbers.at(role));
-  with_problem(s, views_of(inputs, outputs), nullptr, [&]<class Problem>(const Problem& problem) {
+  with_problem(s, views_of(inputs, outputs), {}, [&]<class Problem>(const Problem& problem) {
     const Row& row = reference_of(s.pass);
     if constexpr (!std::is_same_v<Problem, SeparableProblem>) {
       const auto& kernel = kernel_of<Problem>(row);
@@ -88,7 +88,7 @@ inline Results expect_single(const Spec& s, const Numbers& numbers, const Values
   Results results;
   for (auto& [role, value] : evaluate(s, numbers)) results[role].value = value;
   if (s.data != Data::reals) return results;
-  // Backward passes have their activation in front of the sum: |grad * derivative| <= steepness * |grad|.
+  // The mask multiplies by a derivative: |grad * derivative| <= steepness * |grad|.
   const bool forward = s.pass == Pass::depthwise_fwd || s.pass == Pass::pointwise_fwd;
   const double derivative = forward || s.activation.kind == Activation::none
                                 ? 1

@@ -111,7 +111,7 @@ inline std::optional<Shape> shape_of(const Spec& s, Role role) {
     case kPointwiseBias: return when(s.pointwise() && s.pointwise_bias, {s.filters, 1, 1, 1, 1});
     case kResidual: return when(s.residual, map(s.filters, s.out));
     case kGrad: return when(!forward, map(upstream, s.out));
-    case kSaved: return when(!forward && s.activation.kind != Activation::none, map(upstream, s.out));
+    case kSaved: return when(s.pass == Pass::mask && s.activation.kind != Activation::none, map(upstream, s.out));
     case kOutput:
       if (wgrad) return std::nullopt;
       return map(s.pointwise() ? s.filters : input_sized ? s.channels : s.map_channels(), input_sized ? s.in : s.out);
