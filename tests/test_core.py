@@ -1,0 +1,242 @@
+"""The compiled core without torch: every CPU row on seeded problems, under sanitizers, emulated processors, other CPUs.
+
+``tests/core/driver.cpp`` draws the problems, runs the rows of the kernel table and compares them with the reference
+rows; here it is built in several ways, each in its own folder ``build/core-*``. A failure prints a line that reruns
+alone: ``build/core-plain/driver --row NAME --problem "LINE"``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from dsconv_ext import _build
+
+DRIVER = "tests/core/driver.cpp"
+TARGETS = ["portable", "avx2", "avx512"]
+RULES = """\
+ninja_required_version = 1.5
+rule compile
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx $in $flags -o $out
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the driver: what its flags add to those of the library, and what starts the program."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+    compiler: str = os.environ.get("CXX", "g++")
+    x86: bool = _build.IS_X86
+    runner: tuple[str, ...] = ()
+
+
+# -O1 and frame pointers: a sanitized -O3 build takes minutes and its traces point nowhere.
+SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+PLAIN = Variant("plain")
+ADDRESS = Variant("asan", (*SANITIZED, "-fsanitize=address,undefined"), ("-fsanitize=address,undefined",))
+THREAD = Variant("tsan", (*SANITIZED, "-fsanitize=thread"), ("-fsanitize=thread",))
+# Static: the emulator then needs no libraries of the other architecture.
+AARCH64 = Variant("aarch64", link=("-static",), compiler="aarch64-linux-gnu-g++", x86=False, runner=("qemu-aarch64",))
+
+
+def need(*programs: str) -> None:
+    """Skip the test, and say what is missing."""
+    packages = {"qemu-x86_64": "qemu-user", "qemu-aarch64": "qemu-user", AARCH64.compiler: "g++-aarch64-linux-gnu"}
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (Debian: apt-get install {packages.get(program, program)})")
+
+
+def core_sources(x86: bool) -> list[str]:
+    """The sources of the library that know no torch, and the driver."""
+    library = [s for s in _build.sources(cuda=False) if s != "csrc/library.cpp" and not s.startswith("csrc/ops/")]
+    return [*(s for s in library if x86 or _build.isa_of(s) == "baseline"), DRIVER]
+
+
+def ninja_file(variant: Variant) -> str:
+    """A build.ninja: the library's flags for each instruction set, then the variant's."""
+    defines = ["-DDSCONV_CUDA=0", f"-DDSCONV_X86={int(variant.x86)}"]
+    includes = [f"-I{path}" for path in _build.INCLUDE_DIRS]
+    common = [*_build.CXX_FLAGS, *defines, *includes, "-pthread"]
+    lines, objects = [RULES, f"cxx = {variant.compiler}"], []
+    for source in core_sources(variant.x86):
+        flags = [*common, *_build.ISA_FLAGS[_build.isa_of(source)], *variant.flags]
+        objects.append(source.replace("/", "_") + ".o")
+        lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  flags = {' '.join(flags)}"]
+    lines += [f"build driver: link {' '.join(objects)}", f"  flags = -pthread {' '.join(variant.link)}", ""]
+    return "\n".join(lines)
+
+
+@functools.cache
+def build(variant: Variant) -> Path:
+    """Compile what has changed; test processes that want the same variant wait for each other."""
+    folder = ROOT / "build" / f"core-{variant.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    jobs = os.environ.get("MAX_JOBS") or str(_build.max_jobs())
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text, file = ninja_file(variant), folder / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        done = subprocess.run(
+            [shutil.which("ninja", path=path) or "ninja", "-j", jobs], cwd=folder, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return folder / "driver"
+
+
+def drive(variant: Variant, *options: str, runner: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run the driver; stderr, where sanitizers write, is part of its output."""
+    sanitizers = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1"}
+    environment = {**os.environ, **sanitizers}
+    environment.pop("DSCONV_CPU_ISA", None)
+    command = [*(runner or variant.runner), str(build(variant)), *options]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800
+    )
+
+
+@functools.cache
+def table(x86: bool) -> dict[str, str]:
+    """The CPU rows as kernels.inc has them: name -> target."""
+    text = (_build.CSRC / "kernels.inc").read_text()
+    found = re.findall(r"^DSCONV_KERNEL\(\w+, (\w+), (\w+),", text, re.MULTILINE)
+    return {name: target for name, target in found if target == "portable" or (x86 and target in TARGETS)}
+
+
+def check_all_rows(done: subprocess.CompletedProcess, x86: bool, best: str | None = None) -> None:
+    """Every row that the processor can run ran and was right, the others are named, and dispatch took the best ones."""
+    assert done.returncode == 0, done.stdout[-6000:]
+    processor = re.search(r"^processor: (\w+)$", done.stdout, re.MULTILINE)[1]
+    assert best in (None, processor)
+    able = TARGETS[: TARGETS.index(processor) + 1]
+    lines = dict(re.findall(r"^(\w+) +((?:ok|skipped|FAILED).*)$", done.stdout, re.MULTILINE))
+    expected = {name: "ok" if target in able else "skipped" for name, target in table(x86).items()}
+    assert {name: line.partition(":")[0] for name, line in lines.items()} == expected
+    chosen = {name: int(re.search(r"chosen (\d+)", line)[1]) for name, line in lines.items() if line.startswith("ok")}
+    assert all(int(re.match(r"ok: (\d+) run", lines[name])[1]) > 0 for name in chosen)
+    assert sum(count for name, count in chosen.items() if table(x86)[name] == processor) > 0
+
+
+def check_noticed(done: subprocess.CompletedProcess, complaint: str) -> None:
+    """The planted bug made the driver fail, for the right reason, with a line that names the row and the problem."""
+    assert done.returncode != 0, done.stdout[-3000:]
+    assert re.search(complaint, done.stdout), done.stdout[-3000:]
+    assert re.search(r'^FAILED \w+: .*--row \w+ --problem "pass=.*"$', done.stdout, re.MULTILINE), done.stdout[-3000:]
+
+
+def test_every_row():
+    check_all_rows(drive(PLAIN, "--count", "60"), PLAIN.x86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_every_row_on_more_problems(seed):
+    check_all_rows(drive(PLAIN, "--count", "400", "--seed", str(seed)), PLAIN.x86)
+
+
+def test_a_failure_reruns_alone():
+    """The printed line is the problem: alone it passes without the bug and fails with it."""
+    done = drive(PLAIN, "--plant", "drop_product", "--pass", "separable_fwd")
+    name, line = re.search(r'--row (\w+) --problem "(.*)"$', done.stdout, re.MULTILINE).groups()
+    again = drive(PLAIN, "--row", name, "--problem", line)
+    assert again.returncode == 0 and re.search(rf"^{name} +ok: 1 run", again.stdout, re.MULTILINE), again.stdout
+    check_noticed(drive(PLAIN, "--row", name, "--problem", line, "--plant", "drop_product"), "expected")
+
+
+def test_a_row_that_never_ran_is_a_failure():
+    done = drive(PLAIN, "--pass", "mask", "--count", "0")
+    assert done.returncode == 1 and "never ran" in done.stdout
+    done = drive(PLAIN, "--row", "no_such_row")
+    assert done.returncode == 1 and "no row is called that" in done.stdout
+
+
+# A planted bug and what the driver must say of it. Every row commits it, and every row must be caught.
+PLAIN_BUGS = {
+    "write_behind": "wrote outside (output|grad_weight|grad_bias)",
+    "write_before": "wrote outside (output|grad_weight|grad_bias)",
+    "write_input": "changed an input",
+    "workspace_behind": "wrote outside its workspace",
+    "skip_channel": "got -?nan, expected",
+    "drop_product": "got .*, expected",
+    "half_sums": r"got .*, expected .* \+- ",
+    "count_threads": "has other bits with 2 threads",
+    "order_of_slots": "has other bits with 4 slots in reverse order",
+}
+
+
+@pytest.mark.parametrize("bug", PLAIN_BUGS)
+def test_a_planted_bug_is_noticed_in_every_row(bug):
+    done = drive(PLAIN, "--count", "12", "--plant", bug)
+    check_noticed(done, PLAIN_BUGS[bug])
+    passed = re.findall(r"^(\w+) +ok", done.stdout, re.MULTILINE)
+    assert passed == []
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers():
+    check_all_rows(drive(ADDRESS, "--count", "60"), ADDRESS.x86)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bug", "complaint"),
+    [
+        ("read_behind", "ERROR: AddressSanitizer: .*\n(.*\n)*READ of size 1"),
+        ("write_behind", "ERROR: AddressSanitizer: .*\n(.*\n)*WRITE of size"),
+        ("workspace_behind", "ERROR: AddressSanitizer: .*\n(.*\n)*WRITE of size 1"),
+        ("overflow", "runtime error: signed integer overflow"),
+    ],
+)
+def test_a_planted_bug_is_noticed_by_the_sanitizers(bug, complaint):
+    check_noticed(drive(ADDRESS, "--count", "2", "--plant", bug), complaint)
+
+
+@pytest.mark.slow
+def test_thread_sanitizer():
+    check_all_rows(drive(THREAD, "--count", "50"), THREAD.x86)
+
+
+@pytest.mark.slow
+def test_a_planted_race_is_noticed():
+    check_noticed(drive(THREAD, "--count", "2", "--plant", "race"), "WARNING: ThreadSanitizer: data race")
+
+
+# A processor with AVX2 and one without AVX: dispatch must find out by itself, and no wider instruction may run.
+PROCESSORS = {"Haswell": "avx2", "Nehalem": "portable"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PLAIN.x86, reason="emulates other x86-64 processors")
+@pytest.mark.parametrize("cpu", PROCESSORS)
+def test_on_an_older_processor(cpu):
+    need("qemu-x86_64")
+    runner = ("qemu-x86_64", "-cpu", cpu)
+    check_all_rows(drive(PLAIN, "--count", "15", runner=runner), PLAIN.x86, PROCESSORS[cpu])
+    # The emulator does refuse what such a processor refuses.
+    check_noticed(drive(PLAIN, "--count", "1", "--plant", "wide_instruction", runner=runner), "died")
+
+
+@pytest.mark.slow
+def test_on_aarch64():
+    need(AARCH64.compiler, *AARCH64.runner)
+    check_all_rows(drive(AARCH64, "--count", "15"), AARCH64.x86, "portable")
+    check_noticed(drive(AARCH64, "--count", "12", "--plant", "half_sums"), "expected")
