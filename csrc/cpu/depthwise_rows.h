@@ -85,7 +85,7 @@ struct Rows {
   static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
   static int64_t slot_bytes(Plan& plan) {
     plan.in.size = plan.c.source();
-    return piece_bytes<T>(kTotals) + piece_bytes<InputRow>(plan.rows) + piece_bytes<Segment>(plan.segments) +
+    return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) + piece_bytes<Segment>(plan.segments) +
            piece_bytes<SegmentGroup>(plan.groups) + piece_bytes<T>(output_count(plan)) + plan.in.scratch();
   }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
@@ -117,6 +117,23 @@ struct Rows {
       }
     }
     return next - list;
+  }
+
+  // The rows of the input that rows n and n + 1 meet and the two rows before them do not: they are fetched while those are
+  // computed, because a cache that the tensor exceeds is too far away to wait for.
+  static int64_t list_ahead(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
+                            int64_t* list) {
+    int64_t count = 0;
+    if (n >= y.count) return 0;
+    for (int64_t u = 0; u < z.taps; ++u) {
+      const int64_t d = z.in_first + n_z * z.in_step + u * z.tap_step;
+      if (d < 0 || d >= plan.c.source()[0]) continue;
+      for (int64_t q = max64(0, y.taps - y.apart); q < y.taps + y.apart; ++q) {
+        const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
+        if (h >= 0 && h < plan.c.source()[1]) list[count++] = in.row(0, d, h);
+      }
+    }
+    return count;
   }
 
   // The segments of those rows, in groups of up to kChain taps; returns the number of groups.
@@ -182,6 +199,8 @@ struct Rows {
       SegmentGroup* groups = take<SegmentGroup>(own, plan.groups);
       BlockRow<T> mine = row;
       mine.groups = groups;
+      int64_t* ahead = take<int64_t>(own, plan.rows);
+      mine.ahead = ahead;
       mine.total = take<T>(own, kTotals);
       T* outputs = take<T>(own, output_count(plan));
       RowStage<S> in = plan.in;
@@ -198,6 +217,7 @@ struct Rows {
         mine.last = min64(mine.first + plan.chunk, plan.channels);
         const int64_t base = block_channel<T>(mine.first, plan.channels);
         in.begin(image, base);
+        mine.ahead_count = in.direct ? list_ahead(plan, in, z, d / z.out_step, y, n + 2, ahead) : 0;
         const int64_t inputs = list_rows(plan, in, z, d / z.out_step, y, n, row_count, rows);
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + n * y.out_step) * to.stride[3];

@@ -24,7 +24,10 @@ struct GradRow {
   T* sums;                           // [block][tap, then the bias][lane]; the last block ends with the last channel
   int64_t taps;
   const TapRun* runs;
-  bool bias;  // also sum the gradient itself
+  bool bias;             // also sum the gradient itself
+  const int64_t* ahead;  // rows that the next row of outputs will read and this one does not, as offsets from x
+  int64_t ahead_count;
+  int64_t g_ahead;       // to the next row of gradients, or 0
 };
 
 // kPixels outputs from output `pixel` on. `inside` has a bit for every column that lies in the tensor.
@@ -38,6 +41,14 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
     keep(g[p]);
   });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
+  if (row.g_ahead) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+    __builtin_prefetch(grad + row.g_ahead + (pixel + p) * row.g_pixel, 0, 2);
+  });
+  for (int64_t i = 0; i < row.ahead_count; ++i) {
+    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+      __builtin_prefetch(x + row.ahead[i] + (pixel + p) * row.x_pixel, 0, 2);
+    });
+  }
   unroll<kRuns>([&]<int r>() __attribute__((always_inline)) {
     const TapRun& run = row.runs[r];
     const T* column = x + run.x + pixel * row.x_pixel;

@@ -60,7 +60,7 @@ struct RowsGradWeight {
   static int64_t slot_bytes(Plan& plan) {
     plan.x.size = plan.c.window.in;
     plan.grad.size = plan.c.window.out;
-    return piece_bytes<TapRun>(plan.taps) + plan.x.scratch() + plan.grad.scratch();
+    return piece_bytes<TapRun>(plan.taps) + piece_bytes<int64_t>(plan.taps) + plan.x.scratch() + plan.grad.scratch();
   }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
@@ -71,6 +71,7 @@ struct RowsGradWeight {
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       TapRun* runs = take<TapRun>(own, plan.taps);
+      int64_t* ahead = take<int64_t>(own, plan.taps);
       RowStage<S> x = plan.x, grad = plan.grad;
       x.take_scratch(own);
       grad.take_scratch(own);
@@ -85,7 +86,7 @@ struct RowsGradWeight {
         memset(row.sums + row.first * (plan.taps + 1), 0,
                ceil_div(row.last - row.first, kL) * kL * (plan.taps + 1) * sizeof(T));
         for (int64_t r = plan.rows * slab / plan.slabs; r < plan.rows * (slab + 1) / plan.slabs; ++r)
-          add_row(p, plan, row, x, grad, r, runs);
+          add_row(p, plan, row, x, grad, r, runs, ahead);
       }
     };
     const int64_t tasks = plan.slabs * plan.chunks;
@@ -115,9 +116,23 @@ struct RowsGradWeight {
     return count;
   }
 
+  // The rows of the input that output row (d, h) meets and the ones before it have not.
+  static int64_t list_ahead(const Window& w, RowStage<S>& in, int64_t d, int64_t h, int64_t* list) {
+    int64_t count = 0;
+    for (int64_t u = 0; u < w.taps[0]; ++u) {
+      const int64_t z = d * w.stride[0] - w.pad[0] + u * w.dilation[0];
+      if (z < 0 || z >= w.in[0]) continue;
+      for (int64_t v = max64(0, w.taps[1] - max64(1, w.stride[1] / w.dilation[1])); v < w.taps[1]; ++v) {
+        const int64_t y = h * w.stride[1] - w.pad[1] + v * w.dilation[1];
+        if (y >= 0 && y < w.in[1]) list[count++] = in.row(0, z, y);
+      }
+    }
+    return count;
+  }
+
   // One row of outputs: all phases and taps.
   static void add_row(const DepthwiseProblem& p, const Plan& plan, GradRow<T>& row, RowStage<S>& in, RowStage<S>& grad,
-                      int64_t r, TapRun* runs) {
+                      int64_t r, TapRun* runs, int64_t* ahead) {
     const Window& w = p.window;
     const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
     const int64_t base = block_channel<T>(row.first, plan.channels);
@@ -125,6 +140,9 @@ struct RowsGradWeight {
     grad.begin(image, base);
     row.x = in.origin();
     const T* gradients = grad.origin() + grad.row(0, d, h);
+    const bool more = h + 1 < w.out[1];
+    const int64_t ahead_count = more && in.direct ? list_ahead(w, in, d, h + 1, ahead) : 0;
+    row.ahead = ahead;
     for (int64_t i = 0; i < plan.c.phases(2); ++i) {
       const Phase x = plan.c.phase(2, i);
       if (x.count == 0) break;
@@ -139,12 +157,15 @@ struct RowsGradWeight {
       for (int64_t n = 0; n < x.count; n += plan.run) {
         const int64_t end = min64(n + plan.run, x.count);
         row.bias = p.grad_bias.data != nullptr;
+        row.ahead_count = ahead_count;
+        row.g_ahead = more && grad.direct ? p.grad.stride[3] : 0;
         auto run = [&](const GradKernels<T>& k, int64_t count) {
           for (int64_t done = 0; done < count;) {
             const int64_t size = ceil_div(count - done, ceil_div(count - done, kMaxRuns));
             row.runs = runs + done;
             k.block[size - 1](row, n, end, inner_first, inner_last);
             row.bias = false;
+            row.ahead_count = row.g_ahead = 0;
             done += size;
           }
         };

@@ -52,6 +52,8 @@ struct BlockRow {
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
+  const int64_t* ahead;           // rows that the next outputs will read and these do not
+  int64_t ahead_count;
   T* total;                       // scratch: the sums of the groups so far, where there are several
 };
 
@@ -131,6 +133,11 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     for (int64_t next = row.first; next < row.last; next += kL, weights += row.weight_block) {
       const int64_t c = block_channel<T>(next, row.channels);
       const T* x = row.x + pixel * row.x_pixel + c;
+      for (int64_t i = 0; i < row.ahead_count; ++i) {
+        unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
+          __builtin_prefetch(x + row.ahead[i] + column * row.x_step, 0, 2);
+        });
+      }
       Vec<T> acc[kCount];
       const Vec<T> bias = load(row.bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
