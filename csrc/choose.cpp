@@ -114,11 +114,11 @@ double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& mac
   return time_us(cost_of(p), row, p.dtype, machine);
 }
 double estimate_us(const Row& row, const SeparableProblem& p, const Machine& machine) {
-  // The depthwise half runs at about half the rate of the product, and its map stays in the cache.
+  // The map stays in the cache.
   const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
   const double map =
       2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
-  return time_us({2 * depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row,
+  return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row,
                  p.depthwise.dtype, machine);
 }
 

@@ -115,7 +115,7 @@ def test_choices_are_kept_until_they_are_replaced():
             with choices.recorded() as made, torch.no_grad():
                 subject(case, case.inputs(integer=True))
             assert choices.chosen(made) == {"depthwise_fwd_reference"}
-        several = ("depthwise_fwd_reference", "depthwise_wgrad_tiled_portable", "depthwise_dgrad_reference")
+        several = ("depthwise_fwd_reference", "depthwise_wgrad_rows_portable", "depthwise_dgrad_reference")
         with choices.forced(*several), choices.recorded() as made:
             check(case)
         assert choices.chosen(made) == set(several)

@@ -46,12 +46,17 @@ struct Rows {
     RowStage<S> in;
     bool direct_out;
   };
-  static Plan plan_of(const DepthwiseProblem& p) {
+  static ChannelMap output_map(const DepthwiseProblem& p) {
+    return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
+  }
+  // `direct_out`: the blocks write where the result is wanted, not into rows that are copied there.
+  static Plan plan_of(const DepthwiseProblem& p, bool direct_out) {
     Plan plan{};
     plan.c = Correlation::of(p.window, kTransposed);
     const Window& w = p.window;
     plan.parts = kTransposed ? p.multiplier : 1;
-    plan.channels = kTransposed ? p.channels : p.channels * p.multiplier;
+    plan.channels = output_map(p).count;
+    plan.direct_out = direct_out;
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps) * plan.parts;
 
@@ -63,7 +68,6 @@ struct Rows {
     const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
     in.planes = min64(source[0], (w.taps[0] - 1) * z.tap_step + 1);
     in.rows = min64(source[1], (w.taps[1] - 1) * y.tap_step + y.in_step + 1);
-    plan.direct_out = RowStage<S>::is_direct(kTransposed ? p.grad_x : p.y, {plan.channels, 1, 1});
 
     int64_t column = 0;  // elements per channel in the ring and in the rows of outputs
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
@@ -88,11 +92,14 @@ struct Rows {
     return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) + piece_bytes<Segment>(plan.segments) +
            piece_bytes<SegmentGroup>(plan.groups) + piece_bytes<T>(output_count(plan)) + plan.in.scratch();
   }
+  static int64_t shared_bytes(const DepthwiseProblem& p, const Plan& plan) {
+    const int64_t packed = p.packed && !kTransposed ? 0 : packed_count(plan);
+    return piece_bytes<T>(packed) + piece_bytes<T>(plan.blocks * kL);
+  }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    Plan plan = plan_of(p);
-    const int64_t packed = p.packed && !kTransposed ? 0 : packed_count(plan);
-    return kBlockBytes + piece_bytes<T>(packed) + piece_bytes<T>(plan.blocks * kL) + threads * slot_bytes(plan);
+    Plan plan = plan_of(p, RowStage<S>::is_direct(kTransposed ? p.grad_x : p.y, output_map(p)));
+    return kBlockBytes + shared_bytes(p, plan) + threads * slot_bytes(plan);
   }
 
   // The rows of the input that output rows n and n + 1 of phase y meet at output n_z of phase z.
@@ -170,88 +177,115 @@ struct Rows {
     return group - begin;
   }
 
-  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    Plan plan = plan_of(p);
-    const int64_t own_bytes = slot_bytes(plan);
-    Arena arena = arena_at(workspace);
-    const T* weights = kTransposed ? nullptr : static_cast<const T*>(p.packed);
-    if (!weights) {
+  // Weights and bias, which every worker reads.
+  static BlockRow<T> shared_row(const DepthwiseProblem& p, const Plan& plan, Arena& arena) {
+    BlockRow<T> row{};
+    row.weights = kTransposed ? nullptr : static_cast<const T*>(p.packed);
+    if (!row.weights) {
       T* packed = take<T>(arena, packed_count(plan));
       pack_taps<S>(packed, p, plan.c, plan.channels, plan.parts);
-      weights = packed;
+      row.weights = packed;
     }
     T* bias = take<T>(arena, plan.blocks * kL);
     const S* given = kTransposed ? nullptr : static_cast<const S*>(p.bias.data);
     for (int64_t c = 0; c < plan.blocks * kL; ++c)
       bias[c] = given && c < plan.channels ? widen(given[c * p.bias.stride[0]]) : T(0);
-
-    BlockRow<T> row{};
-    row.weights = weights;
-    row.weight_block = plan.taps * kL;
     row.bias = bias;
+    row.weight_block = plan.taps * kL;
     row.channels = plan.channels;
     row.activation = kTransposed ? ActivationSpec{Activation::none, 0} : p.activation;
+    return row;
+  }
+
+  // One thread's lists and ring, and the rows it computes with them.
+  struct Worker {
+    const Plan& plan;
+    BlockRow<T> row;
+    RowStage<S> in;
+    InputRow* inputs;
+    Segment* segments;
+    SegmentGroup* groups;
+    int64_t* ahead;
+
+    Worker(const Plan& plan, const BlockRow<T>& shared, Arena& own) : plan(plan), row(shared), in(plan.in) {
+      inputs = take<InputRow>(own, plan.rows);
+      segments = take<Segment>(own, plan.segments);
+      groups = take<SegmentGroup>(own, plan.groups);
+      ahead = take<int64_t>(own, plan.rows);
+      row.groups = groups;
+      row.ahead = ahead;
+      row.total = take<T>(own, kTotals);
+      in.take_scratch(own);
+    }
+
+    void begin(int64_t image, int64_t chunk) {
+      row.first = chunk * plan.chunk;
+      row.last = min64(row.first + plan.chunk, plan.channels);
+      in.begin(image, block_channel<T>(row.first, plan.channels));
+    }
+
+    // Outputs [first, last) of `count` rows from row n of phase y on, in depth d. `to` is where column 0 of the first
+    // row lies, `row_step` and `column` are the elements between rows and columns there.
+    void compute(int64_t d, const Phase& y, int64_t n, int count, int64_t first, int64_t last, T* to, int64_t row_step,
+                 int64_t column) {
+      const Phase z = plan.c.phase(0, d % plan.c.phases(0));
+      const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
+      row.ahead_count = in.direct ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
+      const int64_t input_count = list_rows(plan, in, z, n_z, y, n, count, inputs);
+      row.y_row = row_step;
+      for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+        const Phase x = plan.c.phase(2, i);
+        const int64_t step = x.tap_step * in.column();
+        const BlockKernels<T>& kernels = block_kernels<T>(x.taps, x.apart);
+        row.group_count = list_segments(inputs, input_count, x, step, width, kernels, segments, groups);
+        row.x = in.origin() + x.in_first * in.column();
+        row.y = to + x.out_first * column;
+        row.x_pixel = x.in_step * in.column();
+        row.x_step = kernels.stride == x.apart ? step : row.x_pixel;
+        row.y_pixel = x.out_step * column;
+        const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(width - x.in_first, x.tap_step);
+        kernels.run(row, count, ceil_of(first - x.out_first, x.out_step),
+                    min64(x.count, ceil_of(last - x.out_first, x.out_step)), ceil_of(low, x.apart),
+                    floor_of(high - x.taps, x.apart) + 1);
+      }
+    }
+  };
+
+  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
+    Plan plan = plan_of(p, RowStage<S>::is_direct(to, output_map(p)));
+    const int64_t own_bytes = slot_bytes(plan);
+    Arena arena = arena_at(workspace);
+    const BlockRow<T> shared = shared_row(p, plan, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
-      InputRow* rows = take<InputRow>(own, plan.rows);
-      Segment* segments = take<Segment>(own, plan.segments);
-      SegmentGroup* groups = take<SegmentGroup>(own, plan.groups);
-      BlockRow<T> mine = row;
-      mine.groups = groups;
-      int64_t* ahead = take<int64_t>(own, plan.rows);
-      mine.ahead = ahead;
-      mine.total = take<T>(own, kTotals);
       T* outputs = take<T>(own, output_count(plan));
-      RowStage<S> in = plan.in;
-      in.take_scratch(own);
+      Worker worker(plan, shared, own);
       for (; task < end; ++task) {
         int64_t at = task;
         const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.c.phases(1);
         const int64_t chunk = (at /= plan.c.phases(1)) % plan.chunks;
         const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
-        const Phase z = plan.c.phase(0, d % plan.c.phases(0)), y = plan.c.phase(1, y_phase);
-        const int row_count = static_cast<int>(min64(2, y.count - n));
-        if (row_count <= 0) continue;
-        mine.first = chunk * plan.chunk;
-        mine.last = min64(mine.first + plan.chunk, plan.channels);
-        const int64_t base = block_channel<T>(mine.first, plan.channels);
-        in.begin(image, base);
-        mine.ahead_count = in.direct ? list_ahead(plan, in, z, d / z.out_step, y, n + 2, ahead) : 0;
-        const int64_t inputs = list_rows(plan, in, z, d / z.out_step, y, n, row_count, rows);
+        const Phase y = plan.c.phase(1, y_phase);
+        const int rows = static_cast<int>(min64(2, y.count - n));
+        if (rows <= 0) continue;
+        worker.begin(image, chunk);
+        const int64_t width = plan.c.target()[2], row_step = y.out_step * to.stride[3];
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + n * y.out_step) * to.stride[3];
-        T* y0 = plan.direct_out ? reinterpret_cast<T*>(target) : outputs - base;
-        const int64_t column = plan.direct_out ? to.stride[4] : plan.chunk, width = plan.c.target()[2];
-        mine.y_row = plan.direct_out ? y.out_step * to.stride[3] : width * plan.chunk;
-        compute_rows(plan, mine, in, inputs, row_count, rows, segments, groups, y0, column);
-        for (int r = 0; r < row_count && !plan.direct_out; ++r) {
-          RowCopy<S>::scatter(target + r * y.out_step * to.stride[3], outputs + r * width * plan.chunk, plan.chunk, base,
-                              mine.last, to.stride[1], to.stride[4], width);
+        if (plan.direct_out) {
+          worker.compute(d, y, n, rows, 0, width, reinterpret_cast<T*>(target), row_step, to.stride[4]);
+          continue;
+        }
+        const int64_t base = worker.in.base, lanes = plan.chunk;
+        worker.compute(d, y, n, rows, 0, width, outputs - base, width * lanes, lanes);
+        for (int r = 0; r < rows; ++r) {
+          RowCopy<S>::scatter(target + r * row_step, outputs + r * width * lanes, lanes, base, worker.row.last,
+                              to.stride[1], to.stride[4], width);
         }
       }
     };
     for_slots(runtime, plan.tasks, thread_slots(runtime, plan.tasks, depthwise_flops(p)), body);
-  }
-
-  // One or two rows of outputs, every phase of columns.
-  static void compute_rows(const Plan& plan, BlockRow<T>& row, const RowStage<S>& in, int64_t inputs, int row_count,
-                           const InputRow* rows, Segment* segments, SegmentGroup* groups, T* y, int64_t y_column) {
-    const int64_t width = plan.c.source()[2], column = in.column();
-    for (int64_t i = 0; i < plan.c.phases(2); ++i) {
-      const Phase x = plan.c.phase(2, i);
-      if (x.count == 0) break;
-      const int64_t apart = x.apart, step = x.tap_step * column;
-      const BlockKernels<T>& kernels = block_kernels<T>(x.taps, apart);
-      row.group_count = list_segments(rows, inputs, x, step, width, kernels, segments, groups);
-      row.x = in.origin() + x.in_first * column;
-      row.y = y + x.out_first * y_column;
-      row.x_pixel = x.in_step * column;
-      row.x_step = kernels.stride == apart ? step : row.x_pixel;
-      row.y_pixel = x.out_step * y_column;
-      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(width - x.in_first, x.tap_step);
-      kernels.run(row, row_count, x.count, ceil_of(low, apart), floor_of(high - x.taps, apart) + 1);
-    }
   }
 };
 

@@ -1,7 +1,9 @@
 // grad_x = grad times the activation's derivative at `saved`: the gradient of a pre-activation.
 #pragma once
 
-#include "depthwise_tiled.h"
+#include "kernel_of.h"
+#include "tasks.h"
+#include "tiles.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
@@ -48,9 +50,10 @@ struct FlatMask {
 template <class S>
 struct TiledMask {
   using T = Compute<S>;
+  static constexpr int64_t kTileElements = 8 * 1024;  // two tiles stay in L2
 
   static TilePlan plan_of(const DepthwiseProblem& p) {
-    return plan_tiles(p.window.out, kTileElements / kBlock<T>, [](int, int64_t n) { return n; });
+    return plan_tiles(p.window.out, kTileElements / kBlock<T>);
   }
   static int64_t slot_bytes(const TilePlan& plan) { return 2 * piece_bytes<T>(plan.staged * kBlock<T>); }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {

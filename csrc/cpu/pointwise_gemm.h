@@ -2,14 +2,14 @@
 // pointwise forward.
 #pragma once
 
-#include "depthwise_tiled.h"
+#include "depthwise_rows.h"
 #include "gemm.h"
+#include "tiles.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kRowElements = 64 * 1024;  // A rows of one task: stay in L2 beside the panels
 constexpr int64_t kMaxTaskRows = 192;
-constexpr int64_t kMaxTaskWidth = 32;  // several short rows share their halos where one long row would not
 
 DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
   return 2 * numel(p.batch, p.in_channels, p.size) * p.out_channels;
@@ -18,7 +18,7 @@ DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
 // Positions of one image as one task's rows of A.
 DSCONV_INLINE TilePlan plan_rows(const int64_t (&size)[3], int64_t depth) {
   const int64_t rows = max64(8, min64(kMaxTaskRows, kRowElements / depth));
-  return plan_tiles(size, rows, [](int, int64_t n) { return n; }, kMaxTaskWidth);
+  return plan_tiles(size, rows);
 }
 // Row stride of A: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
 template <class T>
@@ -141,7 +141,7 @@ struct PointwiseGradWeight {
   static constexpr int64_t kChunk = kChain, kBlockRows = 48;
 
   static TilePlan plan_of(const PointwiseProblem& p) {
-    return plan_tiles(p.size, kChunk, [](int, int64_t n) { return n; });
+    return plan_tiles(p.size, kChunk);
   }
   static int64_t slot_bytes() {
     return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
@@ -210,65 +210,69 @@ struct PointwiseGradWeight {
 template <class S>
 struct Fused {
   using T = Compute<S>;
+  using Depthwise = Rows<S, false>;
 
   static TilePlan plan_of(const SeparableProblem& p) {
     return plan_rows(p.depthwise.window.out, p.pointwise.in_channels);
   }
-  static int64_t staged(const SeparableProblem& p, const TilePlan& plan) {
-    const Window& w = p.depthwise.window;
-    int64_t positions = 1;
-    for (int dim = 0; dim < 3; ++dim)
-      positions *= input_extent(plan.extent[dim], w.taps[dim], w.stride[dim], w.dilation[dim]);
-    return positions;
-  }
-  static int64_t slot_bytes(const SeparableProblem& p, const TilePlan& plan) {
-    return scratch_bytes<T>(staged(p, plan), plan.extent[2], product(p.depthwise.window.taps)) +
-           Pointwise<S>::slot_bytes(p.pointwise, plan);
+  static int64_t slot_bytes(typename Depthwise::Plan& rows, const SeparableProblem& p, const TilePlan& plan) {
+    return Depthwise::slot_bytes(rows) + Pointwise<S>::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
+    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, true);
     const int64_t panels =
         p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
-    return kBlockBytes + piece_bytes<T>(packed_depthwise_count<T>(p.depthwise)) + piece_bytes<T>(panels) +
-           threads * slot_bytes(p, plan_of(p));
+    return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + piece_bytes<T>(panels) +
+           threads * slot_bytes(rows, p, plan_of(p));
   }
+
   static void launch(const SeparableProblem& problem, const Runtime& runtime, void* workspace) {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    const int64_t channels = pw.in_channels, lda = row_stride<T>(channels), taps = product(dw.window.taps),
-                  positions = staged(problem, plan);
+    typename Depthwise::Plan rows = Depthwise::plan_of(dw, true);
+    const int64_t lda = row_stride<T>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
-    T* weights = take<T>(arena, packed_depthwise_count<T>(dw));
-    const bool finite = pack_depthwise<S>(weights, dw);
+    const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);
     const T* panels = static_cast<const T*>(pw.packed);
     if (!panels) {
-      T* packed = take<T>(arena, packed_panels_count<T>(pw.out_channels, channels));
-      pack_panels<S>(packed, pw.weight, pw.out_channels, channels);
+      T* packed = take<T>(arena, packed_panels_count<T>(pw.out_channels, pw.in_channels));
+      pack_panels<S>(packed, pw.weight, pw.out_channels, pw.in_channels);
       panels = packed;
     }
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
-      Arena own{arena.next + slot * slot_bytes(problem, plan)};
-      const Scratch<T> scratch = take_scratch<T>(own, positions, plan.extent[2], taps);
+      Arena own{arena.next + slot * own_bytes};
       T* a = take<T>(own, plan.staged * lda);
       T* c = take<T>(own, plan.staged * kPanel<T>);
+      typename Depthwise::Worker worker(rows, shared, own);
       for (; task < end; ++task) {
         const int64_t image = task / plan.tiles;
         const Box box = tile_box(plan, dw.window.out, task % plan.tiles);
-        for (int64_t first = 0; first < channels; first += kBlock<T>) {
-          const T* w = weights + first / kBlock<T> * taps * kBlock<T>;
-          forward_tile<S>(dw, scratch, w, finite, image, first, box, [&](int64_t z, int64_t y, T* row) {
-            const int64_t width = box.extent[2];
-            activate_row(dw.activation, row, width * kBlock<T>);
-            round_row<S>(row, width * kBlock<T>);
-            T* out = a + (z * box.extent[1] + y) * width * lda + first;
-            for (int64_t x = 0; x < width; ++x) memcpy(out + x * lda, row + x * kBlock<T>, kBlockBytes);
-          });
+        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
+          worker.begin(image, chunk);
+          depthwise_tile(worker, rows.c, box, a, lda);
         }
+        for (int64_t i = 0; i < product(box.extent); ++i) round_row<S>(a + i * lda, pw.in_channels);
         multiply_task<S>(pw, a, lda, panels, c, image, box);
       }
     };
     const int64_t tasks = pw.batch * plan.tiles;
     for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(dw) + pointwise_flops(pw)), body);
+  }
+
+  // The depthwise values of a box as rows of A, two rows of the map at a time where they are neighbours in a phase.
+  static void depthwise_tile(typename Depthwise::Worker& worker, const Correlation& c, const Box& box, T* a,
+                             int64_t lda) {
+    const int64_t width = box.extent[2], phases = c.phases(1), pair = phases == 1 ? 2 : 1;
+    for (int64_t z = 0; z < box.extent[0]; ++z) {
+      for (int64_t y = 0; y < box.extent[1]; y += pair) {
+        const int64_t h = box.origin[1] + y;
+        const int count = static_cast<int>(min64(pair, box.extent[1] - y));
+        T* to = a + ((z * box.extent[1] + y) * width - box.origin[2]) * lda;
+        worker.compute(box.origin[0] + z, c.phase(1, h % phases), h / phases, count, box.origin[2],
+                       box.origin[2] + width, to, width * lda, lda);
+      }
+    }
   }
 };
 

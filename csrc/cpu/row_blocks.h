@@ -205,12 +205,13 @@ struct BlockKernels {
     if constexpr (kRows == 2 || kStride > 1) k.inner[kRows - 1][kWide] = row_block<T, kTaps, kStride, kRows, kWide, false>;
   }
 
-  // Computes `count` outputs of which [inside_first, inside_last) read no padding.
-  void run(const BlockRow<T>& row, int rows, int64_t count, int64_t inside_first, int64_t inside_last) const {
+  // Computes outputs [begin, end), of which [inside_first, inside_last) read no padding.
+  void run(const BlockRow<T>& row, int rows, int64_t begin, int64_t end, int64_t inside_first,
+           int64_t inside_last) const {
     const auto &at_edge = edge[rows - 1], &inside = inner[rows - 1];
-    for (int64_t pixel = 0; pixel < count;) {
-      const int64_t size = block_size(at_edge, count, count - pixel), first = min64(pixel, count - size);
-      const int64_t runs = first >= inside_first && inside[size] ? (min64(inside_last, count) - first) / size : 0;
+    for (int64_t pixel = begin; pixel < end;) {
+      const int64_t size = block_size(at_edge, end - begin, end - pixel), first = min64(pixel, end - size);
+      const int64_t runs = first >= inside_first && inside[size] ? (min64(inside_last, end) - first) / size : 0;
       if (runs > 0) {
         inside[size](row, first, runs);
       } else {
