@@ -32,7 +32,10 @@ struct RowCopy {
       }
       return;
     }
-    auto channel = [&](int64_t l) { return src + ((base + l) * map.step / map.divide + plus) * channel_stride; };
+    auto channel = [&](int64_t l) {
+      const int64_t at = (base + l) * map.step;
+      return src + ((map.divide == 1 ? at : at / map.divide) + plus) * channel_stride;
+    };
     for (int64_t l = 0; l < lanes; l += kL) {
       const int64_t count = max64(0, min64(kL, filled - l));
       for (int64_t w = 0; w < width; w += kL) {
@@ -40,9 +43,13 @@ struct RowCopy {
         T* out = tile + w * lanes + l;
         if (column_stride == 1) {
           Vec<T> block[kL];
-          for (int i = 0; i < kL; ++i) block[i] = i < count ? load_part<S>(channel(l + i) + w, columns) : splat(T(0));
+          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+            block[i] = i < count ? load_part<S>(channel(l + i) + w, columns) : splat(T(0));
+          });
           transpose<T>(block);
-          for (int64_t i = 0; i < columns; ++i) store(out + i * lanes, block[i]);
+          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+            if (i < columns) store(out + i * lanes, block[i]);
+          });
         } else {
           for (int64_t i = 0; i < columns; ++i) {
             for (int k = 0; k < kL; ++k) out[i * lanes + k] = k < count ? widen(channel(l + k)[(w + i) * column_stride]) : T(0);
@@ -72,9 +79,13 @@ struct RowCopy {
         S* out = dst + l * channel_stride + w * column_stride;
         if (column_stride == 1) {
           Vec<T> block[kL];
-          for (int64_t i = 0; i < kL; ++i) block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
+          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+            block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
+          });
           transpose<T>(block);
-          for (int64_t k = 0; k < channels; ++k) store_part<S>(out + k * channel_stride, block[k], columns);
+          unroll<kL>([&]<int k>() __attribute__((always_inline)) {
+            if (k < channels) store_part<S>(out + k * channel_stride, block[k], columns);
+          });
         } else {
           for (int64_t k = 0; k < channels; ++k) {
             for (int64_t i = 0; i < columns; ++i) narrow(in[i * lanes + k], out + k * channel_stride + i * column_stride);

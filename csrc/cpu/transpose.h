@@ -5,20 +5,38 @@
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-// The first `count` values of storage as a vector, zeros beyond; nothing past them is read.
+// The first `count` values of storage as a vector, zeros beyond; nothing past them is touched.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE Vec<T> load_part(const S* p, int64_t count) {
   if (count >= kLanes<T>) return load_wide<S>(p);
+#if DSCONV_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(mask, p);
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(mask, p);
+#endif
   S part[kLanes<T>] = {};
+#if DSCONV_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(mask, p));
+#else
   for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+#endif
   return load_wide<S>(part);
 }
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void store_part(S* p, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return store_narrow<S>(p, v);
+#if DSCONV_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, mask, v);
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, mask, v);
+#endif
   S part[kLanes<T>];
   store_narrow<S>(part, v);
+#if DSCONV_VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
+#else
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+#endif
 }
 
 template <int bytes>
