@@ -5,14 +5,14 @@
 namespace dsconv {
 
 // The implementations live in objects compiled for their target; only their addresses are known here.
-#define DSCONV_DECLARE_CPU(isa)                                                                         \
-  namespace cpu::isa {                                                                                  \
-  extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight;                \
-  extern const Kernel<DepthwiseProblem> flat_mask, tiled_mask;                                          \
-  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                                 \
-  extern const Kernel<SeparableProblem> fused_forward;                                                  \
-  extern const Packer<DepthwiseProblem> rows_packer;                                                  \
-  extern const Packer<PointwiseProblem> panel_packer;                                                   \
+#define DSCONV_DECLARE_CPU(isa)                                                          \
+  namespace cpu::isa {                                                                   \
+  extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight; \
+  extern const Kernel<DepthwiseProblem> flat_mask, tiled_mask;                           \
+  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                  \
+  extern const Kernel<SeparableProblem> fused_forward;                                   \
+  extern const Packer<DepthwiseProblem> rows_packer;                                     \
+  extern const Packer<PointwiseProblem> panel_packer;                                    \
   }
 DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
@@ -118,8 +118,8 @@ double estimate_us(const Row& row, const SeparableProblem& p, const Machine& mac
   const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
   const double map =
       2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
-  return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row,
-                 p.depthwise.dtype, machine);
+  return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p.depthwise.dtype,
+                 machine);
 }
 
 template <class Problem>

@@ -1,9 +1,9 @@
 // Depthwise correlation by rows of columns: the forward pass and the input gradient.
 #pragma once
 
-#include "row_blocks.h"
 #include "kernel_of.h"
 #include "phases.h"
+#include "row_blocks.h"
 #include "row_stage.h"
 #include "tasks.h"
 
@@ -89,8 +89,9 @@ struct Rows {
   static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
   static int64_t slot_bytes(Plan& plan) {
     plan.in.size = plan.c.source();
-    return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) + piece_bytes<Segment>(plan.segments) +
-           piece_bytes<SegmentGroup>(plan.groups) + piece_bytes<T>(output_count(plan)) + plan.in.scratch();
+    return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) +
+           piece_bytes<Segment>(plan.segments) + piece_bytes<SegmentGroup>(plan.groups) +
+           piece_bytes<T>(output_count(plan)) + plan.in.scratch();
   }
   static int64_t shared_bytes(const DepthwiseProblem& p, const Plan& plan) {
     const int64_t packed = p.packed && !kTransposed ? 0 : packed_count(plan);

@@ -18,7 +18,7 @@ struct TapRun {
 
 template <class T>
 struct GradRow {
-  const T *x, *grad;                // channel 0 of row 0 of the image; of output 0
+  const T *x, *grad;                 // channel 0 of row 0 of the image; of output 0
   int64_t x_step, x_pixel, g_pixel;  // elements between columns, between outputs in the input and in the gradient
   int64_t first, last, channels;     // channels [first, last) of `channels`; `first` begins a block
   T* sums;                           // [block][tap, then the bias][lane]; the last block ends with the last channel
@@ -27,7 +27,7 @@ struct GradRow {
   bool bias;             // also sum the gradient itself
   const int64_t* ahead;  // rows that the next row of outputs will read and this one does not, as offsets from x
   int64_t ahead_count;
-  int64_t g_ahead;       // to the next row of gradients, or 0
+  int64_t g_ahead;  // to the next row of gradients, or 0
 };
 
 // kPixels outputs from output `pixel` on. `inside` has a bit for every column that lies in the tensor.
@@ -41,9 +41,10 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
     keep(g[p]);
   });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
-  if (row.g_ahead) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-    __builtin_prefetch(grad + row.g_ahead + (pixel + p) * row.g_pixel, 0, 2);
-  });
+  if (row.g_ahead)
+    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+      __builtin_prefetch(grad + row.g_ahead + (pixel + p) * row.g_pixel, 0, 2);
+    });
   for (int64_t i = 0; i < row.ahead_count; ++i) {
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
       __builtin_prefetch(x + row.ahead[i] + (pixel + p) * row.x_pixel, 0, 2);

@@ -201,7 +201,8 @@ struct RowsGradWeight {
         const bool is_bias = t == plan.taps;
         const View& view = is_bias ? p.grad_bias : p.grad_weight;
         if (!view.data) continue;
-        const int64_t *s = view.stride, at = is_bias ? 0 : t / k[2] / k[1] * s[2] + t / k[2] % k[1] * s[3] + t % k[2] * s[4];
+        const int64_t *s = view.stride,
+                      at = is_bias ? 0 : t / k[2] / k[1] * s[2] + t / k[2] % k[1] * s[3] + t % k[2] * s[4];
         T lanes[kL];
         store(lanes, total);
         S* out = static_cast<S*>(view.data) + c * s[0] + at;

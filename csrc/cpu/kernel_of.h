@@ -51,9 +51,7 @@ constexpr Packer<Problem> packer_of() {
         with_storage(p.dtype, [&](auto s) { bytes = Packed<decltype(s)>::bytes(p); });
         return bytes;
       },
-      [](const Problem& p, void* out) {
-        with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); });
-      },
+      [](const Problem& p, void* out) { with_storage(p.dtype, [&](auto s) { Packed<decltype(s)>::pack(p, out); }); },
   };
 }
 

@@ -52,9 +52,7 @@ struct TiledMask {
   using T = Compute<S>;
   static constexpr int64_t kTileElements = 8 * 1024;  // two tiles stay in L2
 
-  static TilePlan plan_of(const DepthwiseProblem& p) {
-    return plan_tiles(p.window.out, kTileElements / kBlock<T>);
-  }
+  static TilePlan plan_of(const DepthwiseProblem& p) { return plan_tiles(p.window.out, kTileElements / kBlock<T>); }
   static int64_t slot_bytes(const TilePlan& plan) { return 2 * piece_bytes<T>(plan.staged * kBlock<T>); }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
     return kBlockBytes + threads * slot_bytes(plan_of(p));

@@ -140,9 +140,7 @@ struct PointwiseGradWeight {
   using T = Compute<S>;
   static constexpr int64_t kChunk = kChain, kBlockRows = 48;
 
-  static TilePlan plan_of(const PointwiseProblem& p) {
-    return plan_tiles(p.size, kChunk);
-  }
+  static TilePlan plan_of(const PointwiseProblem& p) { return plan_tiles(p.size, kChunk); }
   static int64_t slot_bytes() {
     return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
            2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows);

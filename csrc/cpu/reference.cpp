@@ -121,17 +121,14 @@ struct GradWeight {
             const int64_t i1 = h * win.stride[1] + u1 * win.dilation[1] - win.pad[1];
             const int64_t i2 = w * win.stride[2] + u2 * win.dilation[2] - win.pad[2];
             if (i0 < 0 || i0 >= win.in[0] || i1 < 0 || i1 >= win.in[1] || i2 < 0 || i2 >= win.in[2]) return;
-            sum += value<S>(p.x, n, o / p.multiplier, i0, i1, i2) *
-                   value<S>(p.grad, n, o, d, h, w);
+            sum += value<S>(p.x, n, o / p.multiplier, i0, i1, i2) * value<S>(p.grad, n, o, d, h, w);
           });
         }
         if (p.grad_weight.data) write<S>(sum, p.grad_weight, o, 0, u0, u1, u2);
       });
       T sum = T(0);
       for (int64_t n = 0; n < p.batch && p.grad_bias.data; ++n) {
-        for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) {
-          sum += value<S>(p.grad, n, o, d, h, w);
-        });
+        for_positions(win.out, [&](int64_t d, int64_t h, int64_t w) { sum += value<S>(p.grad, n, o, d, h, w); });
       }
       if (p.grad_bias.data) write<S>(sum, p.grad_bias, o, 0);
     });

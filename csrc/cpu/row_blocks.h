@@ -52,9 +52,9 @@ struct BlockRow {
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
-  const int64_t* ahead;           // rows that the next outputs will read and these do not
+  const int64_t* ahead;  // rows that the next outputs will read and these do not
   int64_t ahead_count;
-  T* total;                       // scratch: the sums of the groups so far, where there are several
+  T* total;  // scratch: the sums of the groups so far, where there are several
 };
 
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
@@ -111,9 +111,8 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
       const int64_t low = max64(s->low - column, 0), high = min64(s->high - column, kColumns);
       inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
     }
-    accumulate_segment<T, kTaps, kStride, kRows, kPixels, kEdge>(first, second, x + s->x, row.x_step,
-                                                                 weights + s->weight[second_row],
-                                                                 weights + s->weight[1], inside);
+    accumulate_segment<T, kTaps, kStride, kRows, kPixels, kEdge>(
+        first, second, x + s->x, row.x_step, weights + s->weight[second_row], weights + s->weight[1], inside);
   }
   return end;
 }
@@ -153,7 +152,7 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
                                                                               row, x, weights, column);
           if constexpr (kHasSingles<kTaps>)
             s = accumulate_segments<T, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
-                                                                        x, weights, column);
+                                                                          x, weights, column);
         });
         if (row.group_count > 1) {
           unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
@@ -163,7 +162,8 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         }
         if (++g >= row.group_count) break;
       }
-      if (row.group_count > 1) unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
+      if (row.group_count > 1)
+        unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
       T* y = row.y + pixel * row.y_pixel + c;
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
@@ -202,7 +202,8 @@ struct BlockKernels {
       if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1)
         k.edge[kRows - 1][kPixels] = row_block<T, kTaps, kStride, kRows, kPixels, true>;
     });
-    if constexpr (kRows == 2 || kStride > 1) k.inner[kRows - 1][kWide] = row_block<T, kTaps, kStride, kRows, kWide, false>;
+    if constexpr (kRows == 2 || kStride > 1)
+      k.inner[kRows - 1][kWide] = row_block<T, kTaps, kStride, kRows, kWide, false>;
   }
 
   // Computes outputs [begin, end), of which [inside_first, inside_last) read no padding.

@@ -52,7 +52,8 @@ struct RowCopy {
           });
         } else {
           for (int64_t i = 0; i < columns; ++i) {
-            for (int k = 0; k < kL; ++k) out[i * lanes + k] = k < count ? widen(channel(l + k)[(w + i) * column_stride]) : T(0);
+            for (int k = 0; k < kL; ++k)
+              out[i * lanes + k] = k < count ? widen(channel(l + k)[(w + i) * column_stride]) : T(0);
           }
         }
       }
@@ -88,7 +89,8 @@ struct RowCopy {
           });
         } else {
           for (int64_t k = 0; k < channels; ++k) {
-            for (int64_t i = 0; i < columns; ++i) narrow(in[i * lanes + k], out + k * channel_stride + i * column_stride);
+            for (int64_t i = 0; i < columns; ++i)
+              narrow(in[i * lanes + k], out + k * channel_stride + i * column_stride);
           }
         }
       }
@@ -145,7 +147,8 @@ struct RowStage {
     const int64_t offset = place * row_elements();
     if (held[place] != key) {
       held[place] = key;
-      const S* src = static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] + h * view.stride[3];
+      const S* src =
+          static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] + h * view.stride[3];
       RowCopy<S>::gather(tile + offset, lanes, src, map, base, plus, view.stride[1], view.stride[4], size[2]);
     }
     return offset;

@@ -52,8 +52,8 @@ const Header* header_of(const OptionalTensor& packed, DType dtype, int64_t chann
                         std::memcmp(header->magic, kMagic, sizeof kMagic) == 0;
   DSCONV_CHECK(readable, "packed", "a tensor that dsconv::pack did not make", "its result");
   DSCONV_CHECK(header->dtype == static_cast<int64_t>(dtype) && header->channels == channels, "packed",
-               std::to_string(header->channels) + " channels of " + name_of(static_cast<DType>(header->dtype)), channels,
-               " of ", name_of(dtype));
+               std::to_string(header->channels) + " channels of " + name_of(static_cast<DType>(header->dtype)),
+               channels, " of ", name_of(dtype));
   if (header->target != static_cast<int64_t>(row.target)) return nullptr;
   const int64_t bytes = sizeof(Header) + depthwise_bytes(*header) + pointwise_bytes(*header);
   DSCONV_CHECK(packed->numel() == bytes, "packed", std::to_string(packed->numel()) + " bytes", bytes);
@@ -88,8 +88,12 @@ Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weig
   const int64_t rank = depthwise_weight.dim();
   DSCONV_CHECK(rank >= 3 && rank <= 5, "depthwise_weight", std::to_string(rank) + " dimensions", "3 to 5");
   DSCONV_CHECK(depthwise_weight.is_cpu(), "depthwise_weight", "a tensor that is not on the CPU", "a CPU tensor");
-  Header header{{}, static_cast<int64_t>(target), static_cast<int64_t>(dtype_of("depthwise_weight", depthwise_weight)),
-                depthwise_weight.size(0), {1, 1, 1}, 0};
+  Header header{{},
+                static_cast<int64_t>(target),
+                static_cast<int64_t>(dtype_of("depthwise_weight", depthwise_weight)),
+                depthwise_weight.size(0),
+                {1, 1, 1},
+                0};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   for (int64_t i = 2; i < rank; ++i) header.taps[5 - rank + i - 2] = depthwise_weight.size(i);
   if (pointwise_weight) {
