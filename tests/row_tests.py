@@ -17,11 +17,11 @@ ISAS = ("portable", "avx2", "avx512")
 
 def row_parameters(*passes: str) -> list:
     """The CPU rows of ``passes`` (all without) as test parameters; what cannot run here is skipped with its reason."""
-    allowed = json.loads(torch.ops.dsconv.build_info()).get("cpu_isa_found", "portable")
+    allowed = json.loads(torch.ops.dsconv.build_info()).get("cpu_isa_used", "portable")
     parameters = []
     for row in choices.rows(*passes):
         missing = ISAS.index(row["target"]) > ISAS.index(allowed)
-        skip = [pytest.mark.skip(reason=f"this processor has no {row['isa']}")] if missing else []
+        skip = [pytest.mark.skip(reason=f"{row['target']}: not on this processor, or not allowed by DSCONV_CPU_ISA")] if missing else []
         parameters.append(pytest.param(row, id=row["name"], marks=skip))
     return parameters or ["no library"]
 

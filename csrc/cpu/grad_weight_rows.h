@@ -15,7 +15,7 @@ struct RowsGradWeight {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
-  static constexpr int64_t kSlabFlops = 4 << 20, kMaxSlabs = 16, kChunkBlocks = 8;
+  static constexpr int64_t kTasks = 16, kChunkBlocks = 8;
 
   struct Plan {
     Correlation c;
@@ -30,7 +30,6 @@ struct RowsGradWeight {
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps);
     plan.rows = p.batch * w.out[0] * w.out[1];
-    plan.slabs = max64(1, min64(min64(kMaxSlabs, plan.rows), depthwise_flops(p) / kSlabFlops));
     plan.x.view = p.x;
     plan.x.map = {plan.channels, 1, p.multiplier};
     plan.x.planes = min64(w.in[0], (w.taps[0] - 1) * w.dilation[0] + 1);
@@ -47,6 +46,9 @@ struct RowsGradWeight {
     const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;
     plan.chunk = min64(plan.blocks, min64(kChunkBlocks, max64(least, fit))) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
+    // Enough tasks for many threads, each worth one; chunks of channels first, because slabs must be added.
+    const int64_t wanted = ceil_div(min64(kTasks, depthwise_flops(p) / kTaskFlops), plan.chunks);
+    plan.slabs = max64(1, min64(plan.rows, wanted));
     plan.x.lanes = plan.grad.lanes = plan.chunk;
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
