@@ -293,6 +293,11 @@ FIXED = {
         "dw n1c1h17w1k5x1s3x1d1p2x0 nhwc fp64",
         "dw n2c17h8w16k3s1d1p1 nhwc_sliced fp32 act=hardswish",
         "dw n2c15h7w9k3s1d2p2m3 sliced bf16 act=leaky_relu:0.2",
+        "dw n1c37h300w9k1x3s40x1d1p0x1 nhwc fp32",
+        "dw n1c40h33w33k3s1d4p4 nchw fp32",
+        "dw n1c17h20w19k13s1d1p6 nhwc fp32",
+        "dw n1c24h19w23k5s3d2p4 nhwc fp32 act=relu",
+        "dw n1c16h15w15k3s2d3p40 nhwc fp32",
     ),
     "dw3d": (
         "dw n1c8t5h6w7k3s1d1p1 nchw fp32 act=relu",

@@ -14,19 +14,15 @@ namespace dsconv::cpu::DSCONV_ISA {
 template <class S, class T = Compute<S>>
 static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c, int64_t channels, int64_t parts) {
   constexpr int kL = kLanes<T>;
-  const int64_t *k = p.window.taps, *stride = p.weight.stride;
+  const int64_t taps = product(p.window.taps), lanes = min64(kL, channels);
   for (int64_t next = 0; next < channels; next += kL) {
-    const int64_t first = block_channel<T>(next, channels), lanes = min64(kL, channels);
-    for (int64_t part = 0; part < parts; ++part) {
-      const S* block = static_cast<const S*>(p.weight.data) + (first * parts + part) * stride[0];
-      for (int64_t z = 0; z < k[0]; ++z) {
-        for (int64_t y = 0; y < k[1]; ++y) {
-          const S* row = block + c.tap_at(0, z) * stride[2] + c.tap_at(1, y) * stride[3];
-          for (int64_t x = 0; x < k[2]; ++x, packed += kL) {
-            const S* tap = row + c.tap_at(2, x) * stride[4];
-            for (int l = 0; l < kL; ++l) packed[l] = l < lanes ? widen(tap[l * parts * stride[0]]) : T(0);
-          }
-        }
+    const int64_t first = block_channel<T>(next, channels);
+    for (int64_t part = 0; part < parts; ++part, packed += taps * kL) {
+      const S* block = static_cast<const S*>(p.weight.data) + (first * parts + part) * p.weight.stride[0];
+      for (int64_t t = 0; t < taps; t += kL) {
+        Vec<T> rows[kL];
+        load_taps<S>(rows, block, p.weight, parts * p.weight.stride[0], p.window, lanes, t, min64(kL, taps - t));
+        for (int64_t i = 0; i < min64(kL, taps - t); ++i) store(packed + c.place_of(t + i) * kL, rows[i]);
       }
     }
   }
@@ -41,7 +37,7 @@ struct Rows {
   struct Plan {
     Correlation c;
     int64_t channels, parts;  // of the output; input channels that meet in one of them
-    int64_t blocks, taps, chunk, chunks, pairs, tasks;
+    int64_t blocks, taps, chunk, chunks, y_phases, pairs, tasks;
     int64_t rows, segments, groups;  // at most, for a pair
     RowStage<S> in;
     bool direct_out;
@@ -83,7 +79,8 @@ struct Rows {
     plan.segments = plan.rows * w.taps[2];
     plan.groups = max64(1, plan.rows * ceil_div(w.taps[2], kChain / 2));
     plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
-    plan.tasks = p.batch * target[0] * plan.chunks * plan.c.phases(1) * plan.pairs;
+    plan.y_phases = min64(plan.c.phases(1), target[1]);  // the others are empty
+    plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * plan.pairs;
     return plan;
   }
   static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
@@ -138,7 +135,8 @@ struct Rows {
       if (d < 0 || d >= plan.c.source()[0]) continue;
       for (int64_t q = max64(0, y.taps - y.apart); q < y.taps + y.apart; ++q) {
         const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
-        if (h >= 0 && h < plan.c.source()[1]) list[count++] = in.row(0, d, h);
+        const bool met = q < y.taps || q >= y.apart;
+        if (met && h >= 0 && h < plan.c.source()[1]) list[count++] = in.row(0, d, h);
       }
     }
     return count;
@@ -236,6 +234,7 @@ struct Rows {
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
         const Phase x = plan.c.phase(2, i);
+        if (x.count == 0) break;  // and in all that follow
         const int64_t step = x.tap_step * in.column();
         const BlockKernels<T>& kernels = block_kernels<T>(x.taps, x.apart);
         row.group_count = list_segments(inputs, input_count, x, step, width, kernels, segments, groups);
@@ -264,8 +263,8 @@ struct Rows {
       Worker worker(plan, shared, own);
       for (; task < end; ++task) {
         int64_t at = task;
-        const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.c.phases(1);
-        const int64_t chunk = (at /= plan.c.phases(1)) % plan.chunks;
+        const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.y_phases;
+        const int64_t chunk = (at /= plan.y_phases) % plan.chunks;
         const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
         const Phase y = plan.c.phase(1, y_phase);
         const int rows = static_cast<int>(min64(2, y.count - n));

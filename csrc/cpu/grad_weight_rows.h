@@ -193,22 +193,26 @@ struct RowsGradWeight {
 
   // Adds the slabs in their order and writes the gradients.
   static void finish(const DepthwiseProblem& p, const Plan& plan, const T* partial) {
-    const int64_t* k = p.window.taps;
     for (int64_t block = 0; block < plan.blocks; ++block) {
-      const int64_t c = block_channel<T>(block * kL, plan.channels);
-      for (int64_t t = 0; t <= plan.taps; ++t) {
+      const int64_t c = block_channel<T>(block * kL, plan.channels), lanes = min64(kL, plan.channels);
+      auto total = [&](int64_t t) {
         const T* sums = partial + (block * (plan.taps + 1) + t) * kL;
-        Vec<T> total = load(sums);
-        for (int64_t slab = 1; slab < plan.slabs; ++slab) total += load(sums + slab * slab_sums(plan));
-        const bool is_bias = t == plan.taps;
-        const View& view = is_bias ? p.grad_bias : p.grad_weight;
-        if (!view.data) continue;
-        const int64_t *s = view.stride,
-                      at = is_bias ? 0 : t / k[2] / k[1] * s[2] + t / k[2] % k[1] * s[3] + t % k[2] * s[4];
-        T lanes[kL];
-        store(lanes, total);
-        S* out = static_cast<S*>(view.data) + c * s[0] + at;
-        for (int l = 0; l < min64(kL, plan.channels); ++l) narrow(lanes[l], out + l * s[0]);
+        Vec<T> sum = load(sums);
+        for (int64_t slab = 1; slab < plan.slabs; ++slab) sum += load(sums + slab * slab_sums(plan));
+        return sum;
+      };
+      S* filters = static_cast<S*>(p.grad_weight.data) + c * p.grad_weight.stride[0];
+      for (int64_t t = 0; t < plan.taps && p.grad_weight.data; t += kL) {
+        const int64_t count = min64(kL, plan.taps - t);
+        Vec<T> rows[kL];
+        for (int64_t i = 0; i < kL; ++i) rows[i] = i < count ? total(t + i) : splat(T(0));
+        store_taps<S>(filters, rows, p.grad_weight, p.window, lanes, t, count);
+      }
+      if (p.grad_bias.data) {
+        T values[kL];
+        store(values, total(plan.taps));
+        S* bias = static_cast<S*>(p.grad_bias.data) + c * p.grad_bias.stride[0];
+        for (int64_t l = 0; l < lanes; ++l) narrow(values[l], bias + l * p.grad_bias.stride[0]);
       }
     }
   }

@@ -59,14 +59,18 @@ struct Correlation {
   static constexpr int64_t class_size(int64_t taps, int64_t classes, int64_t u0) {
     return u0 < taps ? ceil_div(taps - u0, classes) : 0;
   }
-  // The tap at a place of the packed order.
-  int64_t tap_at(int dim, int64_t place) const {
-    if (!transposed) return place;
-    const int64_t step = classes(dim);
-    if (step == 1) return window.taps[dim] - 1 - place;
-    int64_t u0 = 0, size;
-    while (place >= (size = class_size(window.taps[dim], step, u0))) place -= size, ++u0;
-    return u0 + (size - 1 - place) * step;
+  // The place of a tap in the packed order.
+  int64_t place_of(int dim, int64_t tap) const {
+    if (!transposed) return tap;
+    const int64_t taps = window.taps[dim], step = classes(dim);
+    if (step == 1) return taps - 1 - tap;
+    int64_t place = class_size(taps, step, tap % step) - 1 - tap / step;
+    for (int64_t u0 = 0; u0 < tap % step; ++u0) place += class_size(taps, step, u0);
+    return place;
+  }
+  int64_t place_of(int64_t tap) const {
+    const int64_t *k = window.taps, x = tap % k[2], y = tap / k[2] % k[1], z = tap / k[2] / k[1];
+    return (place_of(0, z) * k[1] + place_of(1, y)) * k[2] + place_of(2, x);
   }
 
   Phase phase(int dim, int64_t index) const {

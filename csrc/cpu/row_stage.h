@@ -17,7 +17,7 @@ struct ChannelMap {
 template <class S>
 struct RowCopy {
   using T = Compute<S>;
-  static constexpr int kL = kLanes<T>;
+  static constexpr int kL = kLanes<T>, kFew = kL / 4;  // columns that are not worth a transpose
 
   static void gather(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
                      int64_t channel_stride, int64_t column_stride, int64_t width) {
@@ -41,7 +41,7 @@ struct RowCopy {
       for (int64_t w = 0; w < width; w += kL) {
         const int64_t columns = min64(kL, width - w);
         T* out = tile + w * lanes + l;
-        if (column_stride == 1) {
+        if (column_stride == 1 && columns > kFew) {
           Vec<T> block[kL];
           unroll<kL>([&]<int i>() __attribute__((always_inline)) {
             block[i] = i < count ? load_part<S>(channel(l + i) + w, columns) : splat(T(0));
@@ -78,7 +78,7 @@ struct RowCopy {
         const int64_t columns = min64(kL, width - w);
         const T* in = tile + w * lanes + l;
         S* out = dst + l * channel_stride + w * column_stride;
-        if (column_stride == 1) {
+        if (column_stride == 1 && columns > kFew) {
           Vec<T> block[kL];
           unroll<kL>([&]<int i>() __attribute__((always_inline)) {
             block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
@@ -97,6 +97,54 @@ struct RowCopy {
     }
   }
 };
+
+// Are the taps of a filter, in the order of a plain nn.Conv weight, neighbours in memory?
+DSCONV_INLINE bool has_dense_taps(const View& weight, const Window& w) {
+  const int64_t *k = w.taps, *stride = weight.stride;
+  return (k[2] == 1 || stride[4] == 1) && (k[1] == 1 || stride[3] == k[2]) && (k[0] == 1 || stride[2] == k[1] * k[2]);
+}
+DSCONV_INLINE int64_t tap_offset(const View& weight, const Window& w, int64_t tap) {
+  const int64_t *k = w.taps, *stride = weight.stride;
+  return tap / k[2] / k[1] * stride[2] + tap / k[2] % k[1] * stride[3] + tap % k[2] * stride[4];
+}
+
+// `count` taps from tap `tap` on of `lanes` filters, as one vector of filters per tap; and back.
+template <class S, class T = Compute<S>>
+static void load_taps(Vec<T>* rows, const S* filters, const View& weight, int64_t filter_stride, const Window& w,
+                      int64_t lanes, int64_t tap, int64_t count) {
+  constexpr int kL = kLanes<T>;
+  if (has_dense_taps(weight, w)) {
+    unroll<kL>([&]<int l>() __attribute__((always_inline)) {
+      rows[l] = l < lanes ? load_part<S>(filters + l * filter_stride + tap, count) : splat(T(0));
+    });
+    transpose<T>(rows);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T values[kL] = {};
+    const S* at = filters + tap_offset(weight, w, tap + i);
+    for (int64_t l = 0; l < lanes; ++l) values[l] = widen(at[l * filter_stride]);
+    rows[i] = load(values);
+  }
+}
+template <class S, class T = Compute<S>>
+static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Window& w, int64_t lanes, int64_t tap,
+                       int64_t count) {
+  constexpr int kL = kLanes<T>;
+  const int64_t stride = weight.stride[0];
+  if (has_dense_taps(weight, w)) {
+    transpose<T>(rows);
+    unroll<kL>([&]<int l>() __attribute__((always_inline)) {
+      if (l < lanes) store_part<S>(filters + l * stride + tap, rows[l], count);
+    });
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T values[kL];
+    store(values, rows[i]);
+    for (int64_t l = 0; l < lanes; ++l) narrow(values[l], filters + l * stride + tap_offset(weight, w, tap + i));
+  }
+}
 
 constexpr int64_t kRingBytes = 24 << 10;  // of the rows in use: with the outputs they stay in an L1 of 32 KiB
 
