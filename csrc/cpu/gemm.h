@@ -1,7 +1,7 @@
 // The matrix product behind every pointwise pass: rows of A (row-major, compute type) times packed panels of B.
 #pragma once
 
-#include "stage.h"
+#include "activation_rows.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 

@@ -1,9 +1,10 @@
 // grad_x = grad times the activation's derivative at `saved`: the gradient of a pre-activation.
 #pragma once
 
+#include "activation_rows.h"
 #include "kernel_of.h"
+#include "row_stage.h"
 #include "tasks.h"
-#include "tiles.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
@@ -46,39 +47,43 @@ struct FlatMask {
   }
 };
 
-// Any strides: over tiles.
+// Any strides: row by row, some channels at a time.
 template <class S>
-struct TiledMask {
+struct RowsMask {
   using T = Compute<S>;
-  static constexpr int64_t kTileElements = 8 * 1024;  // two tiles stay in L2
+  static constexpr int64_t kLanesAtOnce = 2 * kLanes<T>;  // a cache line of a half type
 
-  static TilePlan plan_of(const DepthwiseProblem& p) { return plan_tiles(p.window.out, kTileElements / kBlock<T>); }
-  static int64_t slot_bytes(const TilePlan& plan) { return 2 * piece_bytes<T>(plan.staged * kBlock<T>); }
+  static int64_t slot_bytes(const DepthwiseProblem& p) { return 2 * piece_bytes<T>(p.window.out[2] * kLanesAtOnce); }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    return kBlockBytes + threads * slot_bytes(plan_of(p));
+    return kBlockBytes + threads * slot_bytes(p);
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    const TilePlan plan = plan_of(p);
-    const int64_t blocks = ceil_div(p.channels, kBlock<T>);
+    const int64_t* size = p.window.out;
+    const int64_t width = size[2], chunks = ceil_div(p.channels, kLanesAtOnce);
     const Arena arena = arena_at(workspace);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
-      Arena own{arena.next + slot * slot_bytes(plan)};
-      T* tile = take<T>(own, plan.staged * kBlock<T>);
-      T* second = take<T>(own, plan.staged * kBlock<T>);
+      Arena own{arena.next + slot * slot_bytes(p)};
+      T* gradient = take<T>(own, width * kLanesAtOnce);
+      T* saved = take<T>(own, width * kLanesAtOnce);
       for (; task < end; ++task) {
-        const int64_t block = task % blocks, image = task / blocks / plan.tiles;
-        const Box box = tile_box(plan, p.window.out, task / blocks % plan.tiles);
-        const LaneMap<T> lanes = map_lanes<T>(block * kBlock<T>, p.channels, 1, 1, 0, p.grad_x.stride[1]);
-        stage_outputs<S>(tile, p, p.grad, image, block * kBlock<T>, 1, 0, box);
+        const int64_t base = task % chunks * kLanesAtOnce, row = task / chunks;
+        const int64_t h = row % size[1], d = row / size[1] % size[0], image = row / size[1] / size[0];
+        auto at = [&](const View& v) {
+          return static_cast<S*>(v.data) + image * v.stride[0] + d * v.stride[2] + h * v.stride[3];
+        };
+        auto gather = [&](T* tile, const View& v) {
+          RowCopy<S>::gather(tile, kLanesAtOnce, at(v), {p.channels, 1, 1}, base, 0, v.stride[1], v.stride[4], width);
+        };
+        gather(gradient, p.grad);
         if (p.saved.data) {
-          stage_outputs<S>(second, p, p.saved, image, block * kBlock<T>, 1, 0, box);
-          mask_row(p.activation, tile, second, product(box.extent) * kBlock<T>);
+          gather(saved, p.saved);
+          mask_row(p.activation, gradient, saved, width * kLanesAtOnce);
         }
-        unstage_box<S>(static_cast<S*>(p.grad_x.data) + image * p.grad_x.stride[0], tile, lanes, box,
-                       p.grad_x.stride + 2);
+        RowCopy<S>::scatter(at(p.grad_x), gradient, kLanesAtOnce, base, p.channels, p.grad_x.stride[1],
+                            p.grad_x.stride[4], width);
       }
     };
-    const int64_t tasks = p.batch * plan.tiles * blocks;
+    const int64_t tasks = p.batch * size[0] * size[1] * chunks;
     for_slots(runtime, tasks, thread_slots(runtime, tasks, 8 * numel(p.batch, p.channels, p.window.out)), body);
   }
 };

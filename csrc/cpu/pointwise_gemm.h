@@ -204,6 +204,17 @@ struct PointwiseGradWeight {
   }
 };
 
+// Rounds values to the storage type and back: what memory would have done to them.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void round_row(T* values, int64_t count) {
+  if constexpr (sizeof(S) == sizeof(T)) return;
+  for (int64_t i = 0; i < count; ++i) {
+    S s;
+    narrow(values[i], &s);
+    values[i] = widen(s);
+  }
+}
+
 // Depthwise into the rows of A, then the panels: the depthwise map of a task never leaves the cache.
 template <class S>
 struct Fused {

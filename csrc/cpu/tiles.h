@@ -1,9 +1,14 @@
 // Maps cut into boxes of positions.
 #pragma once
 
-#include "stage.h"
+#include "vec.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
+
+struct Box {
+  int64_t origin[3];
+  int64_t extent[3];
+};
 
 struct TilePlan {
   int64_t extent[3];
