@@ -145,3 +145,23 @@ def test_a_nan_in_the_middle_reaches_every_output_channel(fuse, dtype):
     touched = torch.zeros_like(y, dtype=torch.bool)
     touched[0, :, 1, 16] = True
     assert torch.equal(y.isnan(), touched)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_infinite_gradient_beside_padding_meets_no_padding(layout, dtype):
+    """The taps that reach into the padding get no share of it; those that pair it with a zero input get NaN."""
+    x = torch.ones(1, 17, 5, 9, dtype=DTYPES[dtype]).to(memory_format=layout)
+    x[0, :, 1, 1] = 0
+    weight = torch.ones(17, 1, 3, 3, dtype=x.dtype, requires_grad=True)
+    y = F.depthwise_conv2d(x.requires_grad_(), weight, padding=1)
+    g = torch.zeros_like(y)
+    g[0, :, 0, 0] = math.inf
+    x_grad, weight_grad = torch.autograd.grad(y, (x, weight), g)
+    zero_times_inf, inside = math.nan, math.inf
+    # Output (0, 0) pairs tap (u, v) with input (u - 1, v - 1); every other output has gradient 0.
+    expected = torch.tensor([[0, 0, 0], [0, inside, inside], [0, inside, zero_times_inf]], dtype=x.dtype)
+    assert torch.equal(weight_grad.nan_to_num(-1), expected.expand_as(weight_grad).nan_to_num(-1))
+    reached = torch.zeros_like(x_grad)
+    reached[0, :, :2, :2] = math.inf
+    assert torch.equal(x_grad, reached)
