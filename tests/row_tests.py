@@ -21,7 +21,8 @@ def row_parameters(*passes: str) -> list:
     parameters = []
     for row in choices.rows(*passes):
         missing = ISAS.index(row["target"]) > ISAS.index(allowed)
-        skip = [pytest.mark.skip(reason=f"{row['target']}: not on this processor, or not allowed by DSCONV_CPU_ISA")] if missing else []
+        reason = f"{row['target']}: not on this processor, or not allowed by DSCONV_CPU_ISA"
+        skip = [pytest.mark.skip(reason=reason)] if missing else []
         parameters.append(pytest.param(row, id=row["name"], marks=skip))
     return parameters or ["no library"]
 
