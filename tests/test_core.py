@@ -51,7 +51,7 @@ class Variant:
 # -O1 and frame pointers: a sanitized -O3 build takes minutes and its traces point nowhere.
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 PLAIN = Variant("plain")
-# The block kernels are straight-line code by the megabyte: with the checks of UBSan they compile for a quarter of an hour.
+# The block kernels are megabytes of straight-line code, which takes a quarter of an hour to compile with UBSan.
 ADDRESS = Variant(
     "asan",
     (*SANITIZED, "-fsanitize=address,undefined"),
