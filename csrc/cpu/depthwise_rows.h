@@ -62,8 +62,10 @@ struct Rows {
     in.direct = RowStage<S>::is_direct(in.view, in.map);
     const auto &source = plan.c.source(), &target = plan.c.target();
     const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
-    in.planes = min64(source[0], (w.taps[0] - 1) * z.tap_step + 1);
-    in.rows = min64(source[1], (w.taps[1] - 1) * y.tap_step + y.in_step + 1);
+    in.plane_step = z.tap_step;
+    in.planes = min64(ceil_div(source[0], z.tap_step), w.taps[0]);
+    in.row_step = y.tap_step;
+    in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
 
     int64_t column = 0;  // elements per channel in the ring and in the rows of outputs
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];

@@ -32,11 +32,16 @@ struct RowsGradWeight {
     plan.rows = p.batch * w.out[0] * w.out[1];
     plan.x.view = p.x;
     plan.x.map = {plan.channels, 1, p.multiplier};
-    plan.x.planes = min64(w.in[0], (w.taps[0] - 1) * w.dilation[0] + 1);
-    plan.x.rows = min64(w.in[1], (w.taps[1] - 1) * w.dilation[1] + 1);
+    plan.x.plane_step = w.dilation[0];
+    plan.x.planes = min64(ceil_div(w.in[0], w.dilation[0]), w.taps[0]);
+    // Neighbouring rows of outputs meet different rows where there is dilation: the ring keeps those of all, if it can.
+    const int64_t reach = min64(w.in[1], (w.taps[1] - 1) * w.dilation[1] + 1);
+    const bool keep = reach * w.in[2] * kL * static_cast<int64_t>(sizeof(T)) <= kRunBytes;
+    plan.x.row_step = keep ? 1 : w.dilation[1];
+    plan.x.rows = keep ? reach : min64(ceil_div(w.in[1], w.dilation[1]), w.taps[1]);
     plan.grad.view = p.grad;
     plan.grad.map = {plan.channels, 1, 1};
-    plan.grad.planes = plan.grad.rows = 1;
+    plan.grad.planes = plan.grad.plane_step = plan.grad.rows = plan.grad.row_step = 1;
     plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map);
     plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map);
     int64_t column = 0;  // elements per channel in the rings

@@ -148,7 +148,8 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
 
 constexpr int64_t kRingBytes = 24 << 10;  // of the rows in use: with the outputs they stay in an L1 of 32 KiB
 
-// The rows of one tensor. `planes` and `rows` bound how far apart the rows in use at one time are in depth and height.
+// The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in
+// use.
 template <class S>
 struct RowStage {
   using T = Compute<S>;
@@ -158,7 +159,7 @@ struct RowStage {
   const int64_t* size;  // D, H, W
   ChannelMap map;
   bool direct;
-  int64_t planes, rows;
+  int64_t planes, plane_step, rows, row_step;
   T* tile;
   int64_t* held;  // the row in each place of the ring, or -1
   int64_t lanes;  // of a column of the tile
@@ -191,7 +192,8 @@ struct RowStage {
   // Offset of the row in (depth, height); `plus` selects one of map.step channels per lane.
   int64_t row(int64_t plus, int64_t d, int64_t h) {
     if (direct) return d * view.stride[2] + h * view.stride[3];
-    const int64_t place = (plus * planes + d % planes) * rows + h % rows, key = d * size[1] + h;
+    const int64_t plane = plane_step == 1 ? d : d / plane_step, line = row_step == 1 ? h : h / row_step;
+    const int64_t place = (plus * planes + plane % planes) * rows + line % rows, key = d * size[1] + h;
     const int64_t offset = place * row_elements();
     if (held[place] != key) {
       held[place] = key;
