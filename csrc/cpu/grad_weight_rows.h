@@ -15,7 +15,7 @@ struct RowsGradWeight {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
-  static constexpr int64_t kTasks = 16, kChunkBlocks = 8;
+  static constexpr int64_t kTasks = 16, kChunkBlocks = 8, kMaxChain = 32;
 
   struct Plan {
     Correlation c;
@@ -53,7 +53,9 @@ struct RowsGradWeight {
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
     // Enough tasks for many threads, each worth one; chunks of channels first, because slabs must be added.
     const int64_t wanted = ceil_div(min64(kTasks, depthwise_flops(p) / kTaskFlops), plan.chunks);
-    plan.slabs = max64(1, min64(plan.rows, wanted));
+    // And no long chain of row sums, which would lose the accuracy of the sums within the rows.
+    const int64_t chains = min64(kTasks, ceil_div(plan.rows, kMaxChain));
+    plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
     plan.x.lanes = plan.grad.lanes = plan.chunk;
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
