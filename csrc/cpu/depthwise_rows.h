@@ -28,6 +28,9 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
   }
 }
 
+// Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
 template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
@@ -84,6 +87,15 @@ struct Rows {
     plan.y_phases = min64(plan.c.phases(1), target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * plan.pairs;
     return plan;
+  }
+  // Do the outputs go past the caches? Only whole, aligned cache lines can.
+  static bool is_streamed(const DepthwiseProblem& p, const Plan& plan, const View& to) {
+    constexpr int64_t kBytes = sizeof(T);
+    if (!kStreams || !plan.direct_out || plan.channels % kL != 0) return false;
+    int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data));
+    for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : to.stride[dim] * kBytes;
+    const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, p.channels * p.multiplier, p.window.out);
+    return unaligned % kVectorBytes == 0 && elements * kBytes > kStreamedBytes;
   }
   static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
   static int64_t slot_bytes(Plan& plan) {
@@ -258,7 +270,8 @@ struct Rows {
     Plan plan = plan_of(p, RowStage<S>::is_direct(to, output_map(p)));
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);
-    const BlockRow<T> shared = shared_row(p, plan, arena);
+    BlockRow<T> shared = shared_row(p, plan, arena);
+    shared.streamed = is_streamed(p, plan, to);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       T* outputs = take<T>(own, output_count(plan));
@@ -286,6 +299,7 @@ struct Rows {
                               to.stride[1], to.stride[4], width);
         }
       }
+      if (shared.streamed) end_stream();
     };
     for_slots(runtime, plan.tasks, thread_slots(runtime, plan.tasks, depthwise_flops(p)), body);
   }

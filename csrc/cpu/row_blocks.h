@@ -52,6 +52,7 @@ struct BlockRow {
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
+  bool streamed;         // the outputs go past the caches
   const int64_t* ahead;  // rows that the next outputs will read and these do not
   int64_t ahead_count;
   T* total;  // scratch: the sums of the groups so far, where there are several
@@ -166,9 +167,16 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
       T* y = row.y + pixel * row.y_pixel + c;
-      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-        store(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
-      });
+      auto write = [&](auto put) __attribute__((always_inline)) {
+        unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+          put(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
+        });
+      };
+      if (kStreams && row.streamed) {
+        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream(to, v); });
+      } else {
+        write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
+      }
     }
   }
 }

@@ -46,6 +46,23 @@ template <class T>
 DSCONV_INLINE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
 }
+// A store that goes past the caches, without the read that fills a line before it is written. p is a multiple of the
+// vector, and only a vector of a whole cache line gains: pieces of many lines would leave the write buffers half full.
+// Before another thread reads what was streamed, `end_stream`.
+constexpr bool kStreams = DSCONV_VECTOR_BYTES == 64;
+template <class T>
+DSCONV_INLINE void stream(T* p, Vec<T> v) {
+#if DSCONV_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#else
+  store(p, v);
+#endif
+}
+DSCONV_INLINE void end_stream() {
+#if DSCONV_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
 template <class T>
 DSCONV_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
