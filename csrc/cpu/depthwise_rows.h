@@ -31,6 +31,23 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
 // Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+// How the outputs get where they belong: the blocks write them there; a block at a time, from a buffer in L1, where the
+// type is another or the cache lines of a streamed tensor are; or by rows that are transposed.
+enum class Delivery { direct, staged, rows };
+
+// Moves the outputs of a block on (BlockRow::put).
+template <class S, class T = Compute<S>>
+static void put_block(const BlockRow<T>& row, int64_t pixel, int rows, int pixels) {
+  const int64_t base = block_channel<T>(row.first, row.channels), count = row.last - base;
+  const int64_t run = row.y_pixel == count ? pixels : 1;  // pixels without a gap
+  const T* from = row.staged;
+  for (int r = 0; r < rows; ++r) {
+    S* to = static_cast<S*>(row.y) + r * row.y_row + pixel * row.y_pixel + base;
+    for (int i = 0; i < pixels; i += run, to += row.y_pixel, from += run * count)
+      copy_run<S>(to, from, run * count, row.streamed);
+  }
+}
+
 template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
@@ -43,19 +60,33 @@ struct Rows {
     int64_t blocks, taps, chunk, chunks, y_phases, pairs, tasks;
     int64_t rows, segments, groups;  // at most, for a pair
     RowStage<S> in;
-    bool direct_out;
+    Delivery delivery;
+    bool streamed;
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
   }
-  // `direct_out`: the blocks write where the result is wanted, not into rows that are copied there.
-  static Plan plan_of(const DepthwiseProblem& p, bool direct_out) {
+  static Plan plan_of(const DepthwiseProblem& p) {
+    const View& to = kTransposed ? p.grad_x : p.y;
+    constexpr int64_t kBytes = sizeof(S);
+    const ChannelMap map = output_map(p);
+    const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, map.count, p.window.out);
+    const bool streamed = kStreams && elements * kBytes > kStreamedBytes;
+    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, false);
+    if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed);
+    int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data)) | map.count * kBytes;
+    for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : to.stride[dim] * kBytes;
+    const bool whole_lines = kVectorBytes == kBlockBytes && unaligned % kBlockBytes == 0;
+    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed);
+  }
+  static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed) {
     Plan plan{};
     plan.c = Correlation::of(p.window, kTransposed);
     const Window& w = p.window;
     plan.parts = kTransposed ? p.multiplier : 1;
     plan.channels = output_map(p).count;
-    plan.direct_out = direct_out;
+    plan.delivery = delivery;
+    plan.streamed = streamed;
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps) * plan.parts;
 
@@ -70,9 +101,8 @@ struct Rows {
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
 
-    int64_t column = 0;  // elements per channel in the ring and in the rows of outputs
+    int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
-    if (!plan.direct_out) column += 2 * target[2];
     const int64_t fit = column == 0 ? plan.blocks : kRingBytes / (column * kL * static_cast<int64_t>(sizeof(T)));
     const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;  // half types: a cache line of channels
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
@@ -88,16 +118,13 @@ struct Rows {
     plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * plan.pairs;
     return plan;
   }
-  // Do the outputs go past the caches? Only whole, aligned cache lines can.
-  static bool is_streamed(const DepthwiseProblem& p, const Plan& plan, const View& to) {
-    constexpr int64_t kBytes = sizeof(T);
-    if (!kStreams || !plan.direct_out || plan.channels % kL != 0) return false;
-    int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data));
-    for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : to.stride[dim] * kBytes;
-    const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, p.channels * p.multiplier, p.window.out);
-    return unaligned % kVectorBytes == 0 && elements * kBytes > kStreamedBytes;
+  static int64_t output_columns(const Plan& plan) {
+    if (plan.delivery == Delivery::direct) return 0;
+    return plan.delivery == Delivery::rows ? 2 * plan.c.target()[2] : BlockKernels<T>::kLong;
   }
-  static int64_t output_count(const Plan& plan) { return plan.direct_out ? 0 : 2 * plan.c.target()[2] * plan.chunk; }
+  static int64_t output_count(const Plan& plan) {
+    return plan.delivery == Delivery::direct ? 0 : output_columns(plan) * plan.chunk + kL;
+  }
   static int64_t slot_bytes(Plan& plan) {
     plan.in.size = plan.c.source();
     return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) +
@@ -110,7 +137,7 @@ struct Rows {
   }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    Plan plan = plan_of(p, RowStage<S>::is_direct(kTransposed ? p.grad_x : p.y, output_map(p)));
+    Plan plan = plan_of(p);
     return kBlockBytes + shared_bytes(p, plan) + threads * slot_bytes(plan);
   }
 
@@ -207,6 +234,8 @@ struct Rows {
     row.weight_block = plan.taps * kL;
     row.channels = plan.channels;
     row.activation = kTransposed ? ActivationSpec{Activation::none, 0} : p.activation;
+    row.streamed = plan.streamed;
+    row.put = put_block<S>;
     return row;
   }
 
@@ -239,8 +268,9 @@ struct Rows {
 
     // Outputs [first, last) of `count` rows from row n of phase y on, in depth d. `to` is where column 0 of the first
     // row lies, `row_step` and `column` are the elements between rows and columns there.
-    void compute(int64_t d, const Phase& y, int64_t n, int count, int64_t first, int64_t last, T* to, int64_t row_step,
-                 int64_t column) {
+    template <class Output>
+    void compute(int64_t d, const Phase& y, int64_t n, int count, int64_t first, int64_t last, Output* to,
+                 int64_t row_step, int64_t column) {
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
       row.ahead_count = in.direct ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
@@ -267,15 +297,15 @@ struct Rows {
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
-    Plan plan = plan_of(p, RowStage<S>::is_direct(to, output_map(p)));
+    Plan plan = plan_of(p);
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);
-    BlockRow<T> shared = shared_row(p, plan, arena);
-    shared.streamed = is_streamed(p, plan, to);
+    const BlockRow<T> shared = shared_row(p, plan, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       T* outputs = take<T>(own, output_count(plan));
       Worker worker(plan, shared, own);
+      if (plan.delivery == Delivery::staged) worker.row.staged = outputs;
       for (; task < end; ++task) {
         int64_t at = task;
         const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.y_phases;
@@ -288,8 +318,8 @@ struct Rows {
         const int64_t width = plan.c.target()[2], row_step = y.out_step * to.stride[3];
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + n * y.out_step) * to.stride[3];
-        if (plan.direct_out) {
-          worker.compute(d, y, n, rows, 0, width, reinterpret_cast<T*>(target), row_step, to.stride[4]);
+        if (plan.delivery != Delivery::rows) {
+          worker.compute(d, y, n, rows, 0, width, target, row_step, to.stride[4]);
           continue;
         }
         const int64_t base = worker.in.base, lanes = plan.chunk;
@@ -299,7 +329,7 @@ struct Rows {
                               to.stride[1], to.stride[4], width);
         }
       }
-      if (shared.streamed) end_stream();
+      if (plan.streamed) end_stream();
     };
     for_slots(runtime, plan.tasks, thread_slots(runtime, plan.tasks, depthwise_flops(p)), body);
   }

@@ -228,7 +228,7 @@ struct Fused {
     return Depthwise::slot_bytes(rows) + Pointwise<S>::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
-    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, true);
+    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, Delivery::direct, false);
     const int64_t panels =
         p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
     return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + piece_bytes<T>(panels) +
@@ -239,7 +239,7 @@ struct Fused {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    typename Depthwise::Plan rows = Depthwise::plan_of(dw, true);
+    typename Depthwise::Plan rows = Depthwise::plan_of(dw, Delivery::direct, false);
     const int64_t lda = row_stride<T>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);

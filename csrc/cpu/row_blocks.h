@@ -44,7 +44,7 @@ struct BlockRow {
   const SegmentGroup* groups;
   int64_t group_count;
   const T* x;                     // channel 0 of the first column that output 0 reads, in row 0 of the image
-  T* y;                           // channel 0 of output 0
+  void* y;                        // channel 0 of output 0: T where the blocks write it themselves
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
   const T* weights;               // [block][tap][lane]
@@ -52,7 +52,9 @@ struct BlockRow {
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
-  bool streamed;         // the outputs go past the caches
+  bool streamed;  // the outputs go past the caches
+  T* staged;      // null, or where a block leaves its outputs, [row][pixel][channels in work], for `put` to move on
+  void (*put)(const BlockRow&, int64_t pixel, int rows, int pixels);
   const int64_t* ahead;  // rows that the next outputs will read and these do not
   int64_t ahead_count;
   T* total;  // scratch: the sums of the groups so far, where there are several
@@ -129,6 +131,13 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
   for (; runs > 0; --runs, pixel += kPixels) {
     const int64_t column = pixel * kStride;
+    T* y = static_cast<T*>(row.y) + pixel * row.y_pixel;
+    int64_t y_row = row.y_row, y_pixel = row.y_pixel;
+    if (row.staged) {
+      y_pixel = row.last - block_channel<T>(row.first, row.channels);
+      y_row = kPixels * y_pixel;
+      y = row.staged - block_channel<T>(row.first, row.channels);
+    }
     const T* weights = row.weights + row.first / kL * row.weight_block;
     for (int64_t next = row.first; next < row.last; next += kL, weights += row.weight_block) {
       const int64_t c = block_channel<T>(next, row.channels);
@@ -166,18 +175,18 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       if (row.group_count > 1)
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
-      T* y = row.y + pixel * row.y_pixel + c;
-      auto write = [&](auto put) __attribute__((always_inline)) {
+      const auto write = [&](auto put) __attribute__((always_inline)) {
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-          put(y + i / kPixels * row.y_row + i % kPixels * row.y_pixel, acc[i]);
+          put(y + c + i / kPixels * y_row + i % kPixels * y_pixel, acc[i]);
         });
       };
-      if (kStreams && row.streamed) {
-        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream(to, v); });
+      if (kVectorBytes == kBlockBytes && row.streamed && !row.staged) {
+        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
       } else {
         write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
       }
     }
+    if (row.staged) row.put(row, pixel, kRows, kPixels);
   }
 }
 

@@ -13,6 +13,25 @@ struct ChannelMap {
   int64_t step, divide;
 };
 
+// `count` neighbours into storage, past the caches if `streamed`. A vector more of `src` may be read.
+template <class S, class T = Compute<S>>
+static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
+  constexpr int kL = kLanes<T>, kLine = kBlockBytes / sizeof(S);
+  int64_t i = 0;
+  const auto copy_to = [&](int64_t end) {
+    for (; i < end; i += kL) store_part<S>(dst + i, load(src + i), end - i);
+    i = end;
+  };
+  if (kStreams && streamed) {
+    const auto address = reinterpret_cast<uintptr_t>(dst);
+    copy_to(min64(count, static_cast<int64_t>(-address % kBlockBytes / sizeof(S))));
+    for (; i + kLine <= count; i += kLine) {
+      for (int l = 0; l < kLine; l += kL) stream_narrow<S>(dst + i + l, load(src + i + l));
+    }
+  }
+  copy_to(count);
+}
+
 // One row of `width` columns into [column][lanes], or back. src and dst point at channel 0, column 0.
 template <class S>
 struct RowCopy {
@@ -65,11 +84,7 @@ struct RowCopy {
     dst += base * channel_stride;
     const int64_t filled = min64(lanes, count - base);
     if (channel_stride == 1) {
-      for (int64_t w = 0; w < width; ++w, dst += column_stride, tile += lanes) {
-        int64_t l = 0;
-        for (; l + kL <= filled; l += kL) store_narrow<S>(dst + l, load(tile + l));
-        if (l < filled) store_part<S>(dst + l, load(tile + l), filled - l);
-      }
+      for (int64_t w = 0; w < width; ++w) copy_run<S>(dst + w * column_stride, tile + w * lanes, filled, false);
       return;
     }
     for (int64_t l = 0; l < filled; l += kL) {

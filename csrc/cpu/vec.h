@@ -46,23 +46,6 @@ template <class T>
 DSCONV_INLINE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
 }
-// A store that goes past the caches, without the read that fills a line before it is written. p is a multiple of the
-// vector, and only a vector of a whole cache line gains: pieces of many lines would leave the write buffers half full.
-// Before another thread reads what was streamed, `end_stream`.
-constexpr bool kStreams = DSCONV_VECTOR_BYTES == 64;
-template <class T>
-DSCONV_INLINE void stream(T* p, Vec<T> v) {
-#if DSCONV_VECTOR_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
-#else
-  store(p, v);
-#endif
-}
-DSCONV_INLINE void end_stream() {
-#if DSCONV_VECTOR_BYTES == 64
-  _mm_sfence();
-#endif
-}
 template <class T>
 DSCONV_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
@@ -195,28 +178,61 @@ DSCONV_INLINE Vec<T> load_wide(const S* p) {
 #endif
   }
 }
+// The bits of a vector in storage, as a vector.
 template <class S, class T = Compute<S>>
-DSCONV_INLINE void store_narrow(S* p, Vec<T> v) {
+DSCONV_INLINE auto narrowed(Vec<T> v) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   if constexpr (sizeof(S) == sizeof(T)) {
-    store(reinterpret_cast<T*>(p), v);
+    return v;
   } else if constexpr (__is_same(S, BFloat16)) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
     const Word u = reinterpret_cast<Word>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const Word bits = (u & 0x7fffffff) > 0x7f800000 ? Word{} + 0x7fc0 : rounded;
-    const Half half = __builtin_convertvector(bits, Half);
-    memcpy(p, &half, sizeof half);
+    return __builtin_convertvector(bits, Half);
   } else {
 #if DSCONV_VECTOR_BYTES == 64
-    const __m256i half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    memcpy(p, &half, sizeof half);
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-    const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    memcpy(p, &half, sizeof half);
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #else
-    for (int l = 0; l < kLanes<T>; ++l) narrow(v[l], p + l);
+    S values[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) narrow(v[l], values + l);
+    Half bits;
+    memcpy(&bits, values, sizeof bits);
+    return bits;
 #endif
   }
+}
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void store_narrow(S* p, Vec<T> v) {
+  const auto bits = narrowed<S>(v);
+  memcpy(p, &bits, sizeof bits);
+}
+
+// A store that goes past the caches, without the read that fills a line before it is written. p is a multiple of the
+// vector; the vectors that fill a cache line follow each other, or lines leave half full. `end_stream` before another
+// thread reads them.
+#if defined(__F16C__)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void stream_narrow(S* p, Vec<T> v) {
+  const auto bits = narrowed<S>(v);
+#if defined(__F16C__)
+  if constexpr (sizeof bits == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
+#endif
+#if DSCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(bits));
+#endif
+  memcpy(p, &bits, sizeof bits);
+}
+DSCONV_INLINE void end_stream() {
+#if defined(__F16C__)
+  _mm_sfence();
+#endif
 }
 
 // A bump allocator over the workspace that an operator handed to a kernel; every piece starts on a cache line.
