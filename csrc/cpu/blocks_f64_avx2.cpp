@@ -1,6 +1,6 @@
 #define DSCONV_ISA avx2
 #define DSCONV_VECTOR_BYTES 32
-#define DSCONV_COMPUTE double
+#define DSCONV_STORAGE double
 #define DSCONV_FEW_BLOCKS  // float64 is for checking: fewer kernels compile faster
 
 #include "cpu/block_kernels.inc"

@@ -52,6 +52,8 @@ template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
+  // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
+  static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
 
   // A task is one or two output rows of one phase, over the whole width and a chunk of channels.
   struct Plan {
@@ -93,7 +95,7 @@ struct Rows {
     RowStage<S>& in = plan.in;
     in.view = kTransposed ? p.grad : p.x;
     in.map = {plan.channels, plan.parts, kTransposed ? 1 : p.multiplier};
-    in.direct = RowStage<S>::is_direct(in.view, in.map);
+    in.direct = kWidens && RowStage<S>::is_plain(in.view, in.map);
     const auto &source = plan.c.source(), &target = plan.c.target();
     const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
     in.plane_step = z.tap_step;
@@ -260,6 +262,13 @@ struct Rows {
       in.take_scratch(own);
     }
 
+    const BlockKernels<T>& kernels_for(const Phase& x) const {
+      if constexpr (kWidens) {
+        if (in.direct) return block_kernels<S>(x.taps, x.apart);
+      }
+      return block_kernels<T>(x.taps, x.apart);
+    }
+
     void begin(int64_t image, int64_t chunk) {
       row.first = chunk * plan.chunk;
       row.last = min64(row.first + plan.chunk, plan.channels);
@@ -280,9 +289,9 @@ struct Rows {
         const Phase x = plan.c.phase(2, i);
         if (x.count == 0) break;  // and in all that follow
         const int64_t step = x.tap_step * in.column();
-        const BlockKernels<T>& kernels = block_kernels<T>(x.taps, x.apart);
+        const BlockKernels<T>& kernels = kernels_for(x);
         row.group_count = list_segments(inputs, input_count, x, step, width, kernels, segments, groups);
-        row.x = in.origin() + x.in_first * in.column();
+        row.x = in.at(x.in_first * in.column());
         row.y = to + x.out_first * column;
         row.x_pixel = x.in_step * in.column();
         row.x_step = kernels.stride == x.apart ? step : row.x_pixel;

@@ -147,8 +147,8 @@ struct RowsGradWeight {
     const int64_t base = block_channel<T>(row.first, plan.channels);
     in.begin(image, base);
     grad.begin(image, base);
-    row.x = in.origin();
-    const T* gradients = grad.origin() + grad.row(0, d, h);
+    row.x = static_cast<const T*>(in.at(0));
+    const T* gradients = static_cast<const T*>(grad.at(grad.row(0, d, h)));
     const bool more = h + 1 < w.out[1];
     const int64_t ahead_count = more && in.direct ? list_ahead(w, in, d, h + 1, ahead) : 0;
     row.ahead = ahead;

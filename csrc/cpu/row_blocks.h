@@ -43,7 +43,7 @@ template <class T>
 struct BlockRow {
   const SegmentGroup* groups;
   int64_t group_count;
-  const T* x;                     // channel 0 of the first column that output 0 reads, in row 0 of the image
+  const void* x;                  // channel 0 of the first column that output 0 reads, in row 0 of the image
   void* y;                        // channel 0 of output 0: T where the blocks write it themselves
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
@@ -61,8 +61,8 @@ struct BlockRow {
 };
 
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
-template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
-DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const T* x, int64_t x_step, const T* weight0,
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
                                       const T* weight1, uint64_t inside) {
   Vec<T> w[2][kTaps];
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
@@ -71,7 +71,7 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const T* x,
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !(inside & (uint64_t{1} << column))) return;
-    Vec<T> value = load(x + column * x_step);
+    Vec<T> value = load_wide<S>(x + column * x_step);
     keep(value);
     unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
       constexpr int offset = column - t, pixel = offset / kStride;
@@ -103,9 +103,9 @@ DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
 }
 
 // All segments of one kind. kSecond: the accumulators are those of the second row.
-template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment* end, bool second_row, Vec<T>* first,
-                                                 Vec<T>* second, const BlockRow<T>& row, const T* x, const T* weights,
+                                                 Vec<T>* second, const BlockRow<T>& row, const S* x, const T* weights,
                                                  int64_t column) {
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   for (; s != end; ++s) {
@@ -114,7 +114,7 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
       const int64_t low = max64(s->low - column, 0), high = min64(s->high - column, kColumns);
       inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
     }
-    accumulate_segment<T, kTaps, kStride, kRows, kPixels, kEdge>(
+    accumulate_segment<S, kTaps, kStride, kRows, kPixels, kEdge>(
         first, second, x + s->x, row.x_step, weights + s->weight[second_row], weights + s->weight[1], inside);
   }
   return end;
@@ -126,7 +126,7 @@ template <int kTaps>
 constexpr bool kHasSingles = kTaps == 1 || kTaps >= 5;
 
 // kRows x kPixels outputs from output `pixel` on, `runs` times side by side, all channels.
-template <class T, int kTaps, int kStride, int kRows, int kPixels, bool kEdge>
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
   for (; runs > 0; --runs, pixel += kPixels) {
@@ -141,8 +141,8 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     const T* weights = row.weights + row.first / kL * row.weight_block;
     for (int64_t next = row.first; next < row.last; next += kL, weights += row.weight_block) {
       const int64_t c = block_channel<T>(next, row.channels);
-      const T* x = row.x + pixel * row.x_pixel + c;
-      for (int64_t i = 0; i < row.ahead_count; ++i) {
+      const S* x = static_cast<const S*>(row.x) + pixel * row.x_pixel + c;
+      for (int64_t i = 0; i < row.ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
         unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
           __builtin_prefetch(x + row.ahead[i] + column * row.x_step, 0, 2);
         });
@@ -158,10 +158,10 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
           Vec<T>* first = acc + kSecond * kPixels;
           Vec<T>* second = acc + (kCount - kPixels);
           if constexpr (kTaps > 1)
-            s = accumulate_segments<T, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
+            s = accumulate_segments<S, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
                                                                               row, x, weights, column);
           if constexpr (kHasSingles<kTaps>)
-            s = accumulate_segments<T, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
+            s = accumulate_segments<S, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
                                                                           x, weights, column);
         });
         if (row.group_count > 1) {
@@ -200,27 +200,27 @@ struct BlockKernels {
   bool exact;  // only for rows that `taps` divides
   Block edge[2][kLong + 1], inner[2][kLong + 1];
 
-  template <int kTaps, int kStride>
+  template <class S, int kTaps, int kStride>
   static constexpr BlockKernels make() {
     BlockKernels k{kTaps, kStride, !kHasSingles<kTaps>, {}, {}};
-    set_rows<kTaps, kStride, 1>(k);
-    set_rows<kTaps, kStride, 2>(k);
+    set_rows<S, kTaps, kStride, 1>(k);
+    set_rows<S, kTaps, kStride, 2>(k);
     if constexpr (kStride == 1) {
-      k.edge[0][kLong] = row_block<T, kTaps, kStride, 1, kLong, true>;
-      k.inner[0][kLong] = row_block<T, kTaps, kStride, 1, kLong, false>;
+      k.edge[0][kLong] = row_block<S, kTaps, kStride, 1, kLong, true>;
+      k.inner[0][kLong] = row_block<S, kTaps, kStride, 1, kLong, false>;
     }
     return k;
   }
-  template <int kTaps, int kStride, int kRows>
+  template <class S, int kTaps, int kStride, int kRows>
   static constexpr void set_rows(BlockKernels& k) {
     unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
       constexpr int kPixels = i + 1;
       // The others may reach back over finished pixels or do with singles.
       if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1)
-        k.edge[kRows - 1][kPixels] = row_block<T, kTaps, kStride, kRows, kPixels, true>;
+        k.edge[kRows - 1][kPixels] = row_block<S, kTaps, kStride, kRows, kPixels, true>;
     });
     if constexpr (kRows == 2 || kStride > 1)
-      k.inner[kRows - 1][kWide] = row_block<T, kTaps, kStride, kRows, kWide, false>;
+      k.inner[kRows - 1][kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
   }
 
   // Computes outputs [begin, end), of which [inside_first, inside_last) read no padding.
@@ -251,8 +251,9 @@ struct BlockKernels {
   }
 };
 
-// Those whose taps divide a row of `taps` with the fewest left over, which go one by one. Defined in block_kernels.inc.
-template <class T>
-const BlockKernels<T>& block_kernels(int64_t taps, int64_t stride);
+// Those that read S and whose taps divide a row of `taps` with the fewest left over, which go one by one. Defined in
+// block_kernels.inc.
+template <class S>
+const BlockKernels<Compute<S>>& block_kernels(int64_t taps, int64_t stride);
 
 }  // namespace dsconv::cpu::DSCONV_ISA

@@ -180,9 +180,11 @@ struct RowStage {
   int64_t lanes;  // of a column of the tile
   int64_t image, base;
 
-  static bool is_direct(const View& v, const ChannelMap& map) {
-    return sizeof(S) == sizeof(T) && v.stride[1] == 1 && map.step == 1 && map.divide == 1 && map.count >= kL;
+  // Can columns of channels be read where they lie, at least by kernels that widen them?
+  static bool is_plain(const View& v, const ChannelMap& map) {
+    return v.stride[1] == 1 && map.step == 1 && map.divide == 1 && map.count >= kL;
   }
+  static bool is_direct(const View& v, const ChannelMap& map) { return sizeof(S) == sizeof(T) && is_plain(v, map); }
   int64_t places() const { return direct ? 0 : planes * rows * map.step; }
   int64_t row_elements() const { return size[2] * lanes; }
   int64_t scratch() const { return piece_bytes<int64_t>(places()) + piece_bytes<T>(places() * row_elements()); }
@@ -199,10 +201,10 @@ struct RowStage {
     for (int64_t i = 0; i < places(); ++i) held[i] = -1;
   }
   int64_t column() const { return direct ? view.stride[4] : lanes; }
-  // The channel that offset 0 of a row would hold.
-  const T* origin() const {
-    if (direct) return static_cast<const T*>(view.data) + image * view.stride[0];
-    return tile - base;
+  // Element `offset` from the channel that offset 0 of a row would hold; of T, or of S if the tensor is used directly.
+  const void* at(int64_t offset) const {
+    if (direct) return static_cast<const S*>(view.data) + image * view.stride[0] + offset;
+    return tile - base + offset;
   }
   // Offset of the row in (depth, height); `plus` selects one of map.step channels per lane.
   int64_t row(int64_t plus, int64_t d, int64_t h) {

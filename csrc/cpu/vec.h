@@ -186,8 +186,8 @@ DSCONV_INLINE auto narrowed(Vec<T> v) {
     return v;
   } else if constexpr (__is_same(S, BFloat16)) {
     typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
-    const Word u = reinterpret_cast<Word>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const Word bits = (u & 0x7fffffff) > 0x7f800000 ? Word{} + 0x7fc0 : rounded;
+    const Word u = reinterpret_cast<Word>(v), rounded = u + (((u >> 16) & 1) + 0x7fff);
+    const Word bits = (v != v ? Word{} + 0x7fc00000 : rounded) >> 16;
     return __builtin_convertvector(bits, Half);
   } else {
 #if DSCONV_VECTOR_BYTES == 64
