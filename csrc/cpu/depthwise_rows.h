@@ -35,6 +35,9 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 // type is another or the cache lines of a streamed tensor are; or by rows that are transposed.
 enum class Delivery { direct, staged, rows };
 
+// Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
+constexpr int64_t kRunBytes = 1024;
+
 // Moves the outputs of a block on (BlockRow::put).
 template <class S, class T = Compute<S>>
 static void put_block(const BlockRow<T>& row, int64_t pixel, int rows, int pixels) {
@@ -55,11 +58,11 @@ struct Rows {
   // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
   static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
 
-  // A task is one or two output rows of one phase, over the whole width and a chunk of channels.
+  // A task is one or two output rows of one phase, or a group of such pairs, over the whole width and a chunk of channels.
   struct Plan {
     Correlation c;
     int64_t channels, parts;  // of the output; input channels that meet in one of them
-    int64_t blocks, taps, chunk, chunks, y_phases, pairs, tasks;
+    int64_t blocks, taps, chunk, chunks, y_phases, pairs, group, tasks;
     int64_t rows, segments, groups;  // at most, for a pair
     RowStage<S> in;
     Delivery delivery;
@@ -74,7 +77,7 @@ struct Rows {
     const ChannelMap map = output_map(p);
     const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, map.count, p.window.out);
     const bool streamed = kStreams && elements * kBytes > kStreamedBytes;
-    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, false);
+    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1);
     if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed);
     int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data)) | map.count * kBytes;
     for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : to.stride[dim] * kBytes;
@@ -103,6 +106,10 @@ struct Rows {
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
 
+    plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
+    plan.group = 1;
+    if (plan.delivery == Delivery::rows && plan.streamed && plan.c.phases(1) == 1)
+      plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
     const int64_t fit = column == 0 ? plan.blocks : kRingBytes / (column * kL * static_cast<int64_t>(sizeof(T)));
@@ -115,23 +122,25 @@ struct Rows {
     plan.rows = plan.parts * w.taps[0] * (w.taps[1] + min64(w.taps[1], w.stride[1]));
     plan.segments = plan.rows * w.taps[2];
     plan.groups = max64(1, plan.rows * ceil_div(w.taps[2], kChain / 2));
-    plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
     plan.y_phases = min64(plan.c.phases(1), target[1]);  // the others are empty
-    plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * plan.pairs;
+    plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * ceil_div(plan.pairs, plan.group);
     return plan;
   }
   static int64_t output_columns(const Plan& plan) {
     if (plan.delivery == Delivery::direct) return 0;
-    return plan.delivery == Delivery::rows ? 2 * plan.c.target()[2] : BlockKernels<T>::kLong;
+    return plan.delivery == Delivery::rows ? 2 * plan.group * plan.c.target()[2] : BlockKernels<T>::kLong;
   }
   static int64_t output_count(const Plan& plan) {
     return plan.delivery == Delivery::direct ? 0 : output_columns(plan) * plan.chunk + kL;
+  }
+  static int64_t turned_count(const Plan& plan) {
+    return plan.delivery == Delivery::rows && plan.streamed ? output_count(plan) : 0;
   }
   static int64_t slot_bytes(Plan& plan) {
     plan.in.size = plan.c.source();
     return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) +
            piece_bytes<Segment>(plan.segments) + piece_bytes<SegmentGroup>(plan.groups) +
-           piece_bytes<T>(output_count(plan)) + plan.in.scratch();
+           piece_bytes<T>(output_count(plan)) + piece_bytes<T>(turned_count(plan)) + plan.in.scratch();
   }
   static int64_t shared_bytes(const DepthwiseProblem& p, const Plan& plan) {
     const int64_t packed = p.packed && !kTransposed ? 0 : packed_count(plan);
@@ -236,7 +245,7 @@ struct Rows {
     row.weight_block = plan.taps * kL;
     row.channels = plan.channels;
     row.activation = kTransposed ? ActivationSpec{Activation::none, 0} : p.activation;
-    row.streamed = plan.streamed;
+    row.streamed = plan.streamed && plan.delivery != Delivery::rows;
     row.put = put_block<S>;
     return row;
   }
@@ -304,6 +313,25 @@ struct Rows {
     }
   };
 
+  // `rows` rows of outputs, [row][column][channel of the chunk], channels [base, last), to where they belong.
+  static void deliver_rows(const Plan& plan, const View& to, S* target, int64_t row_step, int64_t rows,
+                           const T* outputs, T* turned, int64_t base, int64_t last) {
+    int64_t width = plan.c.target()[2];
+    if (row_step == width * to.stride[4]) {  // rows that follow each other are one long row
+      width *= rows;
+      rows = 1;
+    }
+    for (; rows > 0; --rows, target += row_step, outputs += width * plan.chunk) {
+      if (!plan.streamed) {
+        RowCopy<S>::scatter(target, outputs, plan.chunk, base, last, to.stride[1], to.stride[4], width);
+        continue;
+      }
+      RowCopy<T>::scatter(turned - base * width, outputs, plan.chunk, base, last, width, 1, width);
+      for (int64_t c = base; c < last; ++c)
+        copy_run<S>(target + c * to.stride[1], turned + (c - base) * width, width, true);
+    }
+  }
+
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
     Plan plan = plan_of(p);
@@ -313,29 +341,34 @@ struct Rows {
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       T* outputs = take<T>(own, output_count(plan));
+      T* turned = take<T>(own, turned_count(plan));
       Worker worker(plan, shared, own);
       if (plan.delivery == Delivery::staged) worker.row.staged = outputs;
+      const int64_t groups = ceil_div(plan.pairs, plan.group);
       for (; task < end; ++task) {
         int64_t at = task;
-        const int64_t n = 2 * (at % plan.pairs), y_phase = (at /= plan.pairs) % plan.y_phases;
+        const int64_t first = 2 * plan.group * (at % groups), y_phase = (at /= groups) % plan.y_phases;
         const int64_t chunk = (at /= plan.y_phases) % plan.chunks;
         const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
         const Phase y = plan.c.phase(1, y_phase);
-        const int rows = static_cast<int>(min64(2, y.count - n));
-        if (rows <= 0) continue;
+        const int64_t last = min64(first + 2 * plan.group, y.count);
+        if (first >= last) continue;
         worker.begin(image, chunk);
         const int64_t width = plan.c.target()[2], row_step = y.out_step * to.stride[3];
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
-                    (y.out_first + n * y.out_step) * to.stride[3];
-        if (plan.delivery != Delivery::rows) {
-          worker.compute(d, y, n, rows, 0, width, target, row_step, to.stride[4]);
-          continue;
+                    (y.out_first + first * y.out_step) * to.stride[3];
+        for (int64_t n = first; n < last; n += 2) {
+          const int rows = static_cast<int>(min64(2, last - n));
+          if (plan.delivery == Delivery::rows) {
+            T* row = outputs + (n - first) * width * plan.chunk - worker.in.base;
+            worker.compute(d, y, n, rows, 0, width, row, width * plan.chunk, plan.chunk);
+          } else {
+            worker.compute(d, y, n, rows, 0, width, target, row_step, to.stride[4]);
+          }
         }
-        const int64_t base = worker.in.base, lanes = plan.chunk;
-        worker.compute(d, y, n, rows, 0, width, outputs - base, width * lanes, lanes);
-        for (int r = 0; r < rows; ++r) {
-          RowCopy<S>::scatter(target + r * row_step, outputs + r * width * lanes, lanes, base, worker.row.last,
-                              to.stride[1], to.stride[4], width);
+        if (plan.delivery == Delivery::rows) {
+          const int64_t base = worker.in.base, count = worker.row.last;
+          deliver_rows(plan, to, target, row_step, last - first, outputs, turned, base, count);
         }
       }
       if (plan.streamed) end_stream();

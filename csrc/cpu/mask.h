@@ -72,7 +72,8 @@ struct RowsMask {
           return static_cast<S*>(v.data) + image * v.stride[0] + d * v.stride[2] + h * v.stride[3];
         };
         auto gather = [&](T* tile, const View& v) {
-          RowCopy<S>::gather(tile, kLanesAtOnce, at(v), {p.channels, 1, 1}, base, 0, v.stride[1], v.stride[4], width);
+          RowCopy<S>::gather(tile, kLanesAtOnce, at(v), {p.channels, 1, 1}, base, 0, v.stride[1], v.stride[4], width,
+                             v.stride[3]);
         };
         gather(gradient, p.grad);
         if (p.saved.data) {

@@ -32,21 +32,25 @@ static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
   copy_to(count);
 }
 
-// One row of `width` columns into [column][lanes], or back. src and dst point at channel 0, column 0.
+// One row of `width` columns into [column][lanes], or back. src and dst point at channel 0, column 0; `ahead` elements on
+// lies what will be wanted soon.
 template <class S>
 struct RowCopy {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kFew = kL / 4;  // columns that are not worth a transpose
 
   static void gather(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
-                     int64_t channel_stride, int64_t column_stride, int64_t width) {
+                     int64_t channel_stride, int64_t column_stride, int64_t width, int64_t ahead) {
     const int64_t filled = min64(lanes, map.count - base);
     const bool plain = map.step == 1 && map.divide == 1;
     if (plain && channel_stride == 1) {
       src += base;
       for (int64_t w = 0; w < width; ++w, src += column_stride, tile += lanes) {
         int64_t l = 0;
-        for (; l + kL <= filled; l += kL) store(tile + l, load_wide<S>(src + l));
+        for (; l + kL <= filled; l += kL) {
+          __builtin_prefetch(src + l + ahead, 0, 2);
+          store(tile + l, load_wide<S>(src + l));
+        }
         for (; l < lanes; l += kL) store(tile + l, load_part<S>(src + l, max64(0, filled - l)));
       }
       return;
@@ -63,7 +67,10 @@ struct RowCopy {
         if (column_stride == 1 && columns > kFew) {
           Vec<T> block[kL];
           unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-            block[i] = i < count ? load_part<S>(channel(l + i) + w, columns) : splat(T(0));
+            block[i] = splat(T(0));
+            if (i >= count) return;
+            __builtin_prefetch(channel(l + i) + w + ahead, 0, 2);
+            block[i] = load_part<S>(channel(l + i) + w, columns);
           });
           transpose<T>(block);
           unroll<kL>([&]<int i>() __attribute__((always_inline)) {
@@ -161,7 +168,7 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
   }
 }
 
-constexpr int64_t kRingBytes = 24 << 10;  // of the rows in use: with the outputs they stay in an L1 of 32 KiB
+constexpr int64_t kRingBytes = 96 << 10;  // of the rows in use: with the outputs they stay in an L2 of 256 KiB
 
 // The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in
 // use.
@@ -216,7 +223,8 @@ struct RowStage {
       held[place] = key;
       const S* src =
           static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] + h * view.stride[3];
-      RowCopy<S>::gather(tile + offset, lanes, src, map, base, plus, view.stride[1], view.stride[4], size[2]);
+      RowCopy<S>::gather(tile + offset, lanes, src, map, base, plus, view.stride[1], view.stride[4], size[2],
+                         2 * row_step * view.stride[3]);
     }
     return offset;
   }

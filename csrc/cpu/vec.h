@@ -162,15 +162,14 @@ DSCONV_INLINE Vec<T> load_wide(const S* p) {
     return load(reinterpret_cast<const T*>(p));
   } else if constexpr (__is_same(S, BFloat16)) {
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
     Half bits;
     memcpy(&bits, p, sizeof bits);
-#if DSCONV_VECTOR_BYTES == 64
-    // Into the upper words in one instruction, not two.
+#if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
     const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return reinterpret_cast<Vec<T>>(_mm512_maskz_permutexvar_epi16(
         0xaaaaaaaa, _mm512_slli_epi32(place, 16), _mm512_castsi256_si512(reinterpret_cast<__m256i>(bits))));
 #else
+    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
     return reinterpret_cast<Vec<T>>(__builtin_convertvector(bits, Word) << 16);
 #endif
   } else {
