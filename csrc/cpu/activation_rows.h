@@ -1,7 +1,7 @@
 // Activations and their derivatives over arrays of the compute type.
 #pragma once
 
-#include "vec.h"
+#include "unroll.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
@@ -12,6 +12,25 @@ __attribute__((noinline)) static void activate_row(ActivationSpec spec, T* value
     const T param = static_cast<T>(spec.param);
     for (int64_t i = 0; i < count; ++i) values[i] = activate<kind>(values[i], param);
   });
+}
+
+// relu and relu6 stay in registers; the others go through memory, a row of values at a time.
+template <int kCount, class T>
+DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
+  if (spec.kind == Activation::none) return;
+  if (spec.kind == Activation::relu || spec.kind == Activation::relu6) {
+    const Vec<T> zero = splat(T(0)), six = splat(T(6));
+    const bool bounded = spec.kind == Activation::relu6;
+    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+      values[i] = values[i] < zero ? zero : values[i];
+      if (bounded) values[i] = values[i] > six ? six : values[i];
+    });
+    return;
+  }
+  T memory[kCount * kLanes<T>];
+  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { store(memory + i * kLanes<T>, values[i]); });
+  activate_row(spec, memory, kCount * kLanes<T>);
+  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { values[i] = load(memory + i * kLanes<T>); });
 }
 
 template <class T>

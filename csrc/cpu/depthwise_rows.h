@@ -28,9 +28,6 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
   }
 }
 
-// Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
-constexpr int64_t kStreamedBytes = 8 << 20;
-
 // How the outputs get where they belong: the blocks write them there; a block at a time, from a buffer in L1, where the
 // type is another or the cache lines of a streamed tensor are; or by rows that are transposed.
 enum class Delivery { direct, staged, rows };
@@ -79,9 +76,7 @@ struct Rows {
     const bool streamed = kStreams && elements * kBytes > kStreamedBytes;
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1);
     if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed);
-    int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data)) | map.count * kBytes;
-    for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : to.stride[dim] * kBytes;
-    const bool whole_lines = kVectorBytes == kBlockBytes && unaligned % kBlockBytes == 0;
+    const bool whole_lines = kVectorBytes == kBlockBytes && has_whole_lines<S>(to, map.count);
     return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed);
   }
   static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed) {

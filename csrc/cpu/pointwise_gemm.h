@@ -27,73 +27,96 @@ DSCONV_INLINE int64_t row_stride(int64_t depth) {
          kBlock<T> * (round_up(depth, kBlock<T>) * static_cast<int64_t>(sizeof(T)) % 256 == 0);
 }
 
-// Rows [positions of box][channels of `view`] of A in the compute type.
-template <class S, class T = Compute<S>>
-static void gather_rows(T* a, int64_t lda, const View& view, int64_t image, int64_t channels, const Box& box) {
-  const int64_t* stride = view.stride;
-  const S* source = static_cast<const S*>(view.data) + image * stride[0] + box.origin[0] * stride[2] +
-                    box.origin[1] * stride[3] + box.origin[2] * stride[4];
+// One row of columns of a tensor: data, and the elements between channels and columns.
+template <class S>
+struct BoxRow {
+  S* data;
+  int64_t channel, column;
+};
+// fn(positions of the box before the row, BoxRow) for each row of columns of a box.
+template <class S, class Fn>
+DSCONV_INLINE void for_rows(const View& v, int64_t image, const Box& box, Fn fn) {
+  int64_t position = 0;
   for (int64_t z = 0; z < box.extent[0]; ++z) {
-    for (int64_t y = 0; y < box.extent[1]; ++y, a += box.extent[2] * lda) {
-      const S* row = source + z * stride[2] + y * stride[3];
-      if (stride[1] == 1) {
-        for (int64_t x = 0; x < box.extent[2]; ++x) widen_row<S>(a + x * lda, row + x * stride[4], channels);
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t x = 0; x < box.extent[2]; ++x) a[x * lda + c] = widen(row[c * stride[1] + x * stride[4]]);
-        }
-      }
+    for (int64_t y = 0; y < box.extent[1]; ++y, position += box.extent[2]) {
+      S* row = static_cast<S*>(v.data) + image * v.stride[0] + (box.origin[0] + z) * v.stride[2] +
+               (box.origin[1] + y) * v.stride[3] + box.origin[2] * v.stride[4];
+      fn(position, BoxRow<S>{row, v.stride[1], v.stride[4]});
     }
   }
 }
 
-// One panel of output channels over the positions of box: c[positions][kPanel] -> + bias, + residual, activation -> y.
+// Channels [first, first + width) of the positions of a box as rows [position][width], zeros past `channels`.
 template <class S, class T = Compute<S>>
-static void finish_panel(const PointwiseProblem& p, T* c, int64_t image, int64_t first, const Box& box) {
-  const int64_t columns = min64(kPanel<T>, p.out_channels - first), width = box.extent[2];
-  T bias[kPanel<T>] = {};
-  if (p.bias.data) {
-    for (int64_t k = 0; k < columns; ++k)
-      bias[k] = widen(static_cast<const S*>(p.bias.data)[(first + k) * p.bias.stride[0]]);
-  }
-  auto at = [&](const View& v, int64_t z, int64_t y) {
-    return static_cast<S*>(v.data) + image * v.stride[0] + first * v.stride[1] + (box.origin[0] + z) * v.stride[2] +
-           (box.origin[1] + y) * v.stride[3] + box.origin[2] * v.stride[4];
-  };
-  for (int64_t z = 0; z < box.extent[0]; ++z) {
-    for (int64_t y = 0; y < box.extent[1]; ++y, c += width * kPanel<T>) {
-      for (int64_t x = 0; x < width; ++x) {
-        for (int k = 0; k < kPanel<T>; ++k) c[x * kPanel<T> + k] += bias[k];
-      }
-      if (p.residual.data) {
-        const S* residual = at(p.residual, z, y);
-        for (int64_t x = 0; x < width; ++x) {
-          const S* pixel = residual + x * p.residual.stride[4];
-          for (int64_t k = 0; k < columns; ++k) c[x * kPanel<T> + k] += widen(pixel[k * p.residual.stride[1]]);
-        }
-      }
-      activate_row(p.activation, c, width * kPanel<T>);
-      S* out = at(p.y, z, y);
-      if (p.y.stride[1] == 1) {
-        for (int64_t x = 0; x < width; ++x) narrow_row<S>(out + x * p.y.stride[4], c + x * kPanel<T>, columns);
-      } else {
-        for (int64_t k = 0; k < columns; ++k) {
-          for (int64_t x = 0; x < width; ++x) narrow(c[x * kPanel<T> + k], out + k * p.y.stride[1] + x * p.y.stride[4]);
-        }
-      }
-    }
-  }
+static void gather_rows(T* a, int64_t width, const View& view, int64_t image, int64_t first, int64_t channels,
+                        const Box& box) {
+  for_rows<S>(view, image, box, [&](int64_t position, const BoxRow<S>& row) {
+    RowCopy<S>::gather(a + position * width, width, row.data, {channels, 1, 1}, first, 0, row.channel, row.column,
+                       box.extent[2], view.stride[3]);
+  });
 }
 
-// All panels of one task: rows of A are ready.
-template <class S, class T = Compute<S>>
-static void multiply_task(const PointwiseProblem& p, const T* a, int64_t lda, const T* panels, T* c, int64_t image,
-                          const Box& box) {
-  for (int64_t first = 0; first < p.out_channels; first += kPanel<T>, panels += p.in_channels * kPanel<T>) {
-    multiply_panel(a, lda, product(box.extent), panels, p.in_channels, c);
-    finish_panel<S>(p, c, image, first, box);
-  }
+// Do the positions of any tile lie one column apart, channels side by side, in the compute type?
+template <class S>
+DSCONV_INLINE bool has_plain_rows(const View& v, const int64_t (&size)[3]) {
+  return sizeof(S) == sizeof(Compute<S>) && v.stride[1] == 1 && (size[1] == 1 || v.stride[3] == size[2] * v.stride[4]) &&
+         (size[0] == 1 || v.stride[2] == size[1] * v.stride[3]);
 }
+
+// How the products of a pointwise convolution reach its output: written there by the microkernel, or from a panel of the
+// compute type that lies in L1.
+template <class S>
+struct PanelOutput {
+  using T = Compute<S>;
+  const PointwiseProblem& p;
+  bool direct, streamed;
+  const T* bias;  // padded to whole panels
+
+  static int64_t bias_count(const PointwiseProblem& p) { return round_up(p.out_channels, kPanel<T>); }
+  PanelOutput(const PointwiseProblem& p, int64_t input_bytes, Arena& arena) : p(p) {
+    direct = has_plain_rows<S>(p.y, p.size) && (!p.residual.data || has_plain_rows<S>(p.residual, p.size));
+    const int64_t bytes = input_bytes + numel(p.batch, p.out_channels, p.size) * static_cast<int64_t>(sizeof(S));
+    streamed = kStreams && direct && bytes > kStreamedBytes && has_whole_lines<S>(p.y, p.out_channels);
+    T* padded = take<T>(arena, bias_count(p));
+    for (int64_t k = 0; k < bias_count(p); ++k) {
+      const bool given = p.bias.data && k < p.out_channels;
+      padded[k] = given ? widen(static_cast<const S*>(p.bias.data)[k * p.bias.stride[0]]) : T(0);
+    }
+    bias = padded;
+  }
+
+  // All panels of one task, whose rows of A are ready; `c` holds a panel of them.
+  void multiply(const T* a, int64_t lda, const T* panels, T* c, int64_t image, const Box& box) const {
+    for (int64_t k = 0; k < p.out_channels; k += kPanel<T>, panels += p.in_channels * kPanel<T>) {
+      Epilogue<T> e{c, kPanel<T>};
+      e.bias = bias + k;
+      e.activation = p.activation;
+      if (direct) {
+        e.columns = min64(kPanel<T>, p.out_channels - k);
+        e.streamed = streamed;
+        e.y = position<T>(p.y, image, k, box);
+        e.y_step = p.y.stride[4];
+        e.residual = p.residual.data ? position<T>(p.residual, image, k, box) : nullptr;
+        e.residual_step = p.residual.stride[4];
+      } else if (p.residual.data) {
+        gather_rows<S>(c, kPanel<T>, p.residual, image, k, p.out_channels, box);
+        e.residual = c;
+        e.residual_step = kPanel<T>;
+      }
+      multiply_panel(a, lda, product(box.extent), panels, p.in_channels, e);
+      if (direct) continue;
+      for_rows<S>(p.y, image, box, [&](int64_t position, const BoxRow<S>& row) {
+        RowCopy<S>::scatter(row.data, c + position * kPanel<T>, kPanel<T>, k, p.out_channels, row.channel, row.column,
+                            box.extent[2]);
+      });
+    }
+  }
+  template <class U>
+  static U* position(const View& v, int64_t image, int64_t channel, const Box& box) {
+    return static_cast<U*>(v.data) + image * v.stride[0] + channel + box.origin[0] * v.stride[2] +
+           box.origin[1] * v.stride[3] + box.origin[2] * v.stride[4];
+  }
+};
 
 template <class S>
 struct Pointwise {
@@ -104,7 +127,8 @@ struct Pointwise {
   }
   static size_t workspace_bytes(const PointwiseProblem& p, int threads) {
     const int64_t panels = p.packed ? 0 : packed_panels_count<T>(p.out_channels, p.in_channels);
-    return kBlockBytes + piece_bytes<T>(panels) + threads * slot_bytes(p, plan_rows(p.size, p.in_channels));
+    return kBlockBytes + piece_bytes<T>(panels) + piece_bytes<T>(PanelOutput<S>::bias_count(p)) +
+           threads * slot_bytes(p, plan_rows(p.size, p.in_channels));
   }
   static void launch(const PointwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_rows(p.size, p.in_channels);
@@ -116,6 +140,8 @@ struct Pointwise {
       pack_panels<S>(packed, p.weight, p.out_channels, p.in_channels);
       panels = packed;
     }
+    const int64_t input_bytes = numel(p.batch, p.in_channels, p.size) * static_cast<int64_t>(sizeof(S));
+    const PanelOutput<S> output(p, input_bytes, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * slot_bytes(p, plan)};
       T* a = take<T>(own, plan.staged * lda);
@@ -123,9 +149,10 @@ struct Pointwise {
       for (; task < end; ++task) {
         const int64_t image = task / plan.tiles;
         const Box box = tile_box(plan, p.size, task % plan.tiles);
-        gather_rows<S>(a, lda, p.a, image, p.in_channels, box);
-        multiply_task<S>(p, a, lda, panels, c, image, box);
+        gather_rows<S>(a, lda, p.a, image, 0, p.in_channels, box);
+        output.multiply(a, lda, panels, c, image, box);
       }
+      if (output.streamed) end_stream();
     };
     const int64_t tasks = p.batch * plan.tiles;
     for_slots(runtime, tasks, thread_slots(runtime, tasks, pointwise_flops(p)), body);
@@ -146,15 +173,6 @@ struct PointwiseGradWeight {
            2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows);
   }
   static size_t workspace_bytes(const PointwiseProblem&, int threads) { return kBlockBytes + threads * slot_bytes(); }
-
-  // A few channels of `view` over the positions of box, [position][channels <= width], zeros beyond.
-  static void gather_columns(T* out, int64_t width, const View& view, int64_t image, int64_t first, int64_t channels,
-                             const Box& box) {
-    View shifted = view;
-    shifted.data = static_cast<S*>(view.data) + first * view.stride[1];
-    if (channels < width) memset(out, 0, product(box.extent) * width * sizeof(T));
-    gather_rows<S>(out, width, shifted, image, channels, box);
-  }
 
   static void launch(const PointwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_of(p);
@@ -177,8 +195,8 @@ struct PointwiseGradWeight {
           const int64_t image = piece / plan.tiles;
           const Box box = tile_box(plan, p.size, piece % plan.tiles);
           const int64_t positions = product(box.extent);
-          gather_columns(columns, kPanel<T>, p.a, image, c0, width, box);
-          gather_columns(gathered, kBlockRows, p.grad, image, k0, count, box);
+          gather_rows<S>(columns, kPanel<T>, p.a, image, c0, p.in_channels, box);
+          gather_rows<S>(gathered, kBlockRows, p.grad, image, k0, p.out_channels, box);
           for (int64_t k = 0; k < count; ++k) {
             double sum = 0;
             for (int64_t i = 0; i < positions; ++i) sum += rows[k * kChunk + i] = gathered[i * kBlockRows + k];
@@ -186,7 +204,7 @@ struct PointwiseGradWeight {
           }
           for (int64_t first = 0; first < positions; first += kPositionChain) {
             const int64_t depth = min64(kPositionChain, positions - first);
-            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth, chunk);
+            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth, {chunk, kPanel<T>});
             for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
           }
         }
@@ -232,7 +250,7 @@ struct Fused {
     const int64_t panels =
         p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
     return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + piece_bytes<T>(panels) +
-           threads * slot_bytes(rows, p, plan_of(p));
+           piece_bytes<T>(PanelOutput<S>::bias_count(p.pointwise)) + threads * slot_bytes(rows, p, plan_of(p));
   }
 
   static void launch(const SeparableProblem& problem, const Runtime& runtime, void* workspace) {
@@ -249,6 +267,8 @@ struct Fused {
       pack_panels<S>(packed, pw.weight, pw.out_channels, pw.in_channels);
       panels = packed;
     }
+    const int64_t input_bytes = numel(dw.batch, dw.channels, dw.window.in) * static_cast<int64_t>(sizeof(S));
+    const PanelOutput<S> output(pw, input_bytes, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       T* a = take<T>(own, plan.staged * lda);
@@ -262,8 +282,9 @@ struct Fused {
           depthwise_tile(worker, rows.c, box, a, lda);
         }
         for (int64_t i = 0; i < product(box.extent); ++i) round_row<S>(a + i * lda, pw.in_channels);
-        multiply_task<S>(pw, a, lda, panels, c, image, box);
+        output.multiply(a, lda, panels, c, image, box);
       }
+      if (output.streamed) end_stream();
     };
     const int64_t tasks = pw.batch * plan.tiles;
     for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(dw) + pointwise_flops(pw)), body);

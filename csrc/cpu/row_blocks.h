@@ -7,7 +7,6 @@
 #pragma once
 
 #include "activation_rows.h"
-#include "unroll.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
@@ -81,25 +80,6 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
       }
     });
   });
-}
-
-// relu and relu6 stay in registers; the others go through memory, a row of values at a time.
-template <int kCount, class T>
-DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
-  if (spec.kind == Activation::none) return;
-  if (spec.kind == Activation::relu || spec.kind == Activation::relu6) {
-    const Vec<T> zero = splat(T(0)), six = splat(T(6));
-    const bool bounded = spec.kind == Activation::relu6;
-    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-      values[i] = values[i] < zero ? zero : values[i];
-      if (bounded) values[i] = values[i] > six ? six : values[i];
-    });
-    return;
-  }
-  T memory[kCount * kLanes<T>];
-  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { store(memory + i * kLanes<T>, values[i]); });
-  activate_row(spec, memory, kCount * kLanes<T>);
-  unroll<kCount>([&]<int i>() __attribute__((always_inline)) { values[i] = load(memory + i * kLanes<T>); });
 }
 
 // All segments of one kind. kSecond: the accumulators are those of the second row.

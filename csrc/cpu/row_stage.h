@@ -13,6 +13,18 @@ struct ChannelMap {
   int64_t step, divide;
 };
 
+// Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+// Does every column of `channels` neighbours begin and end with a cache line?
+template <class S>
+DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
+  constexpr int64_t kBytes = sizeof(S);
+  int64_t unaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.data)) | channels * kBytes;
+  for (int dim = 0; dim < 5; ++dim) unaligned |= dim == 1 ? 0 : v.stride[dim] * kBytes;
+  return v.stride[1] == 1 && unaligned % kBlockBytes == 0;
+}
+
 // `count` neighbours into storage, past the caches if `streamed`. A vector more of `src` may be read.
 template <class S, class T = Compute<S>>
 static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
