@@ -32,6 +32,7 @@ struct Machine {
   double cache_gbs;     // one core's L2, or the device's L2
   double memory_gbs;    // beyond the caches
   int64_t cache_bytes;  // what stays in the cache between two passes
+  int multiprocessors = 0;  // of a GPU
 };
 
 struct Row {

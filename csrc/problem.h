@@ -113,9 +113,10 @@ struct SeparableProblem {
   PointwiseProblem pointwise;
 };
 
-// What a CPU kernel may use of the machine: a blocking loop over [0, count) run by up to `threads` threads.
+// What a kernel may use of the machine: on a CPU a blocking loop over [0, count) run by up to `threads` threads, on a GPU
+// the multiprocessors and a stream.
 struct Runtime {
-  int threads;
+  int threads;  // or multiprocessors
   void (*parallel)(int64_t count, void (*body)(void* context, int64_t index), void* context);
   void* stream;  // CUDA rows only
 };

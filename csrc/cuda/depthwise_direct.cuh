@@ -3,33 +3,10 @@
 // specialised rows do not cover.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "activations.h"
+#include "cuda/storage.cuh"
 
 namespace dsconv::cuda {
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
-// Explicit conversions: torch's build flags disable the implicit ones of the half types.
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(float value) { return value; }
-__device__ inline float widen(__half value) { return __half2float(value); }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline void narrow(double value, double* out) { *out = value; }
-__device__ inline void narrow(float value, float* out) { *out = value; }
-__device__ inline void narrow(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ inline void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;
