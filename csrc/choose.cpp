@@ -24,6 +24,10 @@ extern const Kernel<PointwiseProblem> pointwise_forward, pointwise_grad_weight;
 }  // namespace cpu::reference
 namespace cuda {
 extern const Kernel<DepthwiseProblem> direct_forward;
+extern const Kernel<DepthwiseProblem> nhwc_wide_k3s1, nhwc_wide_k3s2, nhwc_wide_k5s1, nhwc_wide_k5s2, nhwc_wide_k7s1,
+    nhwc_wide_k7s2, nhwc_wide_kanys1, nhwc_wide_kanys2;
+extern const Kernel<DepthwiseProblem> nhwc_narrow_k3s1, nhwc_narrow_k3s2, nhwc_narrow_k5s1, nhwc_narrow_k5s2,
+    nhwc_narrow_k7s1, nhwc_narrow_k7s2, nhwc_narrow_kanys1, nhwc_narrow_kanys2;
 }  // namespace cuda
 
 const std::vector<Row>& kernel_table() {

@@ -127,6 +127,7 @@ struct Kernel {
   const char* (*can_run)(const Problem&);  // null, or the reason why not
   size_t (*workspace_bytes)(const Problem&, int threads);
   void (*launch)(const Problem&, const Runtime&, void* workspace);
+  int64_t (*threads)(const Problem&) = nullptr;  // CUDA rows: how many work at once, if the GPU has room
 };
 
 // Weights in the order in which a target's kernels read them (Problem::packed).

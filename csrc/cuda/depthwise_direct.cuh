@@ -3,7 +3,7 @@
 // specialised rows do not cover.
 #pragma once
 
-#include "activations.h"
+#include "cuda/epilogue.cuh"
 #include "cuda/storage.cuh"
 
 namespace dsconv::cuda {
@@ -54,13 +54,11 @@ __global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProb
     }
     S* y =
         static_cast<S*>(p.y.data) + image * p.y.stride[0] + o * p.y.stride[1] + d * p.y.stride[2] + h * p.y.stride[3];
-    with_activation(p.activation.kind, [&]<Activation kind>() {
+    activate_values(sum, p.activation);
 #pragma unroll
-      for (int q = 0; q < kPixels; ++q) {
-        if (column + q < w.out[2])
-          narrow(activate<kind>(sum[q], static_cast<T>(p.activation.param)), y + (column + q) * p.y.stride[4]);
-      }
-    });
+    for (int q = 0; q < kPixels; ++q) {
+      if (column + q < w.out[2]) narrow(sum[q], y + (column + q) * p.y.stride[4]);
+    }
   }
 }
 

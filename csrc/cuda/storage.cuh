@@ -3,7 +3,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <vector_types.h>
+#include <vector_functions.h>
+#include <string.h>
 
 #include <cstdint>
 
@@ -57,56 +58,53 @@ __device__ inline uint32_t narrow_pair(float low, float high) {
 template <class S>
 constexpr int kWide = 16 / sizeof(S);
 
-// V neighbouring channels of a position: one, or the 16 bytes that one access moves.
+// V neighbouring channels of a position as memory has them: one, or the 16 bytes that one access moves. They are
+// computed with in parts of kPart floats: halves unpacked all at once would take the registers of twice as many.
 template <class S, int V>
 struct Channels {
   static_assert(V == 1 || V == kWide<S>);
+  static constexpr int kPart = V < 4 ? V : 4, kParts = V / kPart;
 
-  float value[V];
+  uint32_t word[V == 1 ? 1 : 4];
 
   __device__ void load(const S* from) {
     if constexpr (V == 1) {
-      value[0] = widen(__ldg(from));
+      word[0] = __builtin_bit_cast(uint32_t, widen(__ldg(from)));
     } else {
-      unpack(__ldg(reinterpret_cast<const uint4*>(from)));
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+      word[0] = bits.x;
+      word[1] = bits.y;
+      word[2] = bits.z;
+      word[3] = bits.w;
     }
   }
   __device__ void zero() {
-    for (int i = 0; i < V; ++i) value[i] = 0;
-  }
-  __device__ void store(S* to) const {
-    if constexpr (V == 1) {
-      narrow(value[0], to);
-    } else {
-      *reinterpret_cast<uint4*>(to) = pack();
-    }
-  }
-
- private:
-  __device__ void unpack(const uint4 bits) {
-    const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(S) == 4) {
-        value[i] = __builtin_bit_cast(float, word[i]);
-      } else {
-        const float2 pair = widen_pair<S>(word[i]);
+    for (uint32_t& w : word) w = 0;
+  }
+  __device__ void part(int index, float (&value)[kPart]) const {
+    if constexpr (sizeof(S) == 4 || V == 1) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) value[i] = __builtin_bit_cast(float, word[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 pair = widen_pair<S>(word[2 * index + i]);
         value[2 * i] = pair.x;
         value[2 * i + 1] = pair.y;
       }
     }
   }
-  __device__ uint4 pack() const {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(S) == 4) {
-        word[i] = __builtin_bit_cast(uint32_t, value[i]);
-      } else {
-        word[i] = narrow_pair<S>(value[2 * i], value[2 * i + 1]);
-      }
+  __device__ static void store(const float* value, S* to) {
+    if constexpr (V == 1) {
+      narrow(value[0], to);
+    } else if constexpr (sizeof(S) == 4) {
+      *reinterpret_cast<float4*>(to) = make_float4(value[0], value[1], value[2], value[3]);
+    } else {
+      *reinterpret_cast<uint4*>(to) =
+          make_uint4(narrow_pair<S>(value[0], value[1]), narrow_pair<S>(value[2], value[3]),
+                     narrow_pair<S>(value[4], value[5]), narrow_pair<S>(value[6], value[7]));
     }
-    return {word[0], word[1], word[2], word[3]};
   }
 };
 

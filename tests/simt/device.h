@@ -16,11 +16,13 @@
 #undef __shared__  // static shared memory is not supported: shared_memory() of cuda/launch.cuh
 #undef __launch_bounds__
 #undef __forceinline__
+#undef __noinline__
 #define __global__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __noinline__
 
 using simt::blockDim, simt::blockIdx, simt::gridDim, simt::threadIdx;
 

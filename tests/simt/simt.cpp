@@ -168,14 +168,15 @@ std::string describe(int index) {
 // All threads wait or have ended: opens the barrier, or says why nothing goes on.
 void release_block() {
   Machine& m = machine();
-  const Fibre& first = m.fibres[0];
-  for (int i = 0; i < m.threads; ++i) {
-    const Fibre& fibre = m.fibres[i];
-    if (fibre.state == State::at_barrier && first.state == State::at_barrier &&
-        fibre.site.line() == first.site.line())
-      continue;
-    const int other = i == 0 ? m.threads - 1 : i;
-    m.failure = "divergent barrier: " + describe(0) + ", " + describe(other);
+  const auto waits_like = [&](int a, int b) {
+    const Fibre &one = m.fibres[a], &other = m.fibres[b];
+    return one.state == other.state && one.site.line() == other.site.line();
+  };
+  int waiting = 0, other = 0;
+  while (m.fibres[waiting].state == State::done) ++waiting;
+  while (other < m.threads && waits_like(waiting, other)) ++other;
+  if (other < m.threads || m.fibres[waiting].state != State::at_barrier) {
+    m.failure = "divergent barrier: " + describe(waiting) + ", " + describe(std::min(other, m.threads - 1));
     return;
   }
   for (int i = 0; i < m.threads; ++i) m.fibres[i].state = State::runnable;
