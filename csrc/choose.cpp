@@ -101,6 +101,17 @@ double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& mac
   return (cost.flops / rate + cost.bytes / bandwidth) * 1e-3;
 }
 
+// Threads per multiprocessor that keep it busy: each has several loads under way.
+constexpr double kBusyThreads = 256;
+
+// The part of a GPU that a launch of the row keeps busy. A row with less work in each thread is then the faster one.
+template <class Problem>
+double busy_part(const Row& row, const Problem& problem, const Machine& machine) {
+  const auto threads = kernel_of<Problem>(row).threads;
+  if (!threads || machine.multiprocessors == 0) return 1;
+  return std::min(1.0, threads(problem) / (kBusyThreads * machine.multiprocessors));
+}
+
 const char* why_not(const Row& row, const Machine& machine) {
   if ((row.target == Target::cuda) != (machine.target == Target::cuda)) return "runs on another device";
   if (row.target == Target::cuda) return machine.sm ? nullptr : "the library holds no code for this GPU";
@@ -114,7 +125,7 @@ bool is_preferred(const Row& row, const Preferred& preferred) {
 }  // namespace
 
 double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) {
-  return time_us(cost_of(p), row, p.dtype, machine);
+  return time_us(cost_of(p), row, p.dtype, machine) / busy_part(row, p, machine);
 }
 double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) {
   return time_us(cost_of(p), row, p.dtype, machine);

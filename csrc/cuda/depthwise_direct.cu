@@ -5,11 +5,14 @@
 namespace dsconv::cuda {
 namespace {
 
+int64_t threads_of(const DepthwiseProblem& p) {
+  const Window& w = p.window;
+  return p.batch * p.channels * p.multiplier * w.out[0] * w.out[1] * ceil_div(w.out[2], kPixels);
+}
+
 template <class S, class Index>
 void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
-  const Window& w = p.window;
-  const int64_t threads = p.batch * p.channels * p.multiplier * w.out[0] * w.out[1] * ceil_div(w.out[2], kPixels);
-  const int64_t blocks = min64(ceil_div(threads, kThreads), (int64_t{1} << 31) - 1);
+  const int64_t blocks = min64(ceil_div(threads_of(p), kThreads), (int64_t{1} << 31) - 1);
   const auto kernel = p.y.stride[1] == 1 ? depthwise_direct<S, Index, true> : depthwise_direct<S, Index, false>;
   launch("depthwise_direct", kernel, blocks, kThreads, 0, runtime, p);
 }
@@ -42,6 +45,7 @@ extern const Kernel<DepthwiseProblem> direct_forward = {
     [](const DepthwiseProblem&) -> const char* { return nullptr; },
     [](const DepthwiseProblem&, int) -> size_t { return 0; },
     launch_direct,
+    threads_of,
 };
 
 }  // namespace dsconv::cuda

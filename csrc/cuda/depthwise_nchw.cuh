@@ -23,11 +23,11 @@ struct NchwParameters {
   int64_t x_image, y_image, x_channel, y_channel, weight_channel, weight_tap, bias_channel;
   int x_row, y_row;
   Axis rows, columns;
-  int channels, planes, slabs;      // planes of a block, all of one image
-  int row_blocks, column_blocks;    // of a block's threads in each plane
+  int channels, planes, slabs;    // planes of a block, all of one image
+  int row_blocks, column_blocks;  // of a block's threads in each plane
   int row_tiles, column_tiles;
   Box in, out;
-  int taps_row, taps_plane;         // pitches
+  int taps_row, taps_plane;  // pitches
   ActivationSpec activation;
 };
 
@@ -96,8 +96,7 @@ class NchwBlock {
     if (rows.count > 0 && columns.count > 0) {
       for_stream(planes_, rows.count, columns.count, [&](int plane, int row, int column) {
         const S* const source = from + plane * p_.x_channel + row * p_.x_row + column;
-        float* const to =
-            box_ + plane * p_.in.plane + (row + rows.low) * p_.in.row + p_.in.at(column + columns.low);
+        float* const to = box_ + plane * p_.in.plane + (row + rows.low) * p_.in.row + p_.in.at(column + columns.low);
         if constexpr (sizeof(S) == 4) {
           copy_async(to, source);
         } else {
@@ -149,8 +148,8 @@ class NchwBlock {
 
   template <bool kInterior>
   __device__ void compute_block(int plane, int row, int column, const Inside& inside) {
-    const float bias[1] = {
-        p_.bias ? widen(__ldg(static_cast<const S*>(p_.bias) + (channel_ + plane) * p_.bias_channel)) : 0.0f};
+    const float bias[1] = {p_.bias ? widen(__ldg(static_cast<const S*>(p_.bias) + (channel_ + plane) * p_.bias_channel))
+                                   : 0.0f};
     outputs_.start(bias);
     const float* const taps = taps_ + plane * p_.taps_plane;
     const float* const box = box_ + plane * p_.in.plane + p_.in.at(column * U::kStride);
@@ -168,8 +167,8 @@ class NchwBlock {
         for (int s = 0; s < U::kStride; ++s) load_line(line + s * p_.in.phase + t0 / U::kStride, in[s]);
         outputs_.add(
             i, p_.rows.taps, across,
-            [&](int, int c, float(&value)[1]) { value[0] = in[c % U::kStride][c / U::kStride]; },
-            [&](int, int u, int t, float(&weight)[1]) { weight[0] = taps[u * p_.taps_row + t0 + t]; },
+            [&](int, int c, float (&value)[1]) { value[0] = in[c % U::kStride][c / U::kStride]; },
+            [&](int, int u, int t, float (&weight)[1]) { weight[0] = taps[u * p_.taps_row + t0 + t]; },
             [&](int c) { return kInterior || inside.holds(c + t0); });
       }
     }

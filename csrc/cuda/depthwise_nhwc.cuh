@@ -12,9 +12,9 @@ struct NhwcParameters {
   int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
   int x_row, x_column, y_row, y_column;
   Axis rows, columns;
-  int channels, slabs;         // a block takes one slab of the channels
-  int64_t items;               // blocks of outputs of one slab
-  int items_of_image, panel;   // a panel of columns, downwards, then the next: what a block reads stays together
+  int channels, slabs;        // a block takes one slab of the channels
+  int64_t items;              // blocks of outputs of one slab
+  int items_of_image, panel;  // a panel of columns, downwards, then the next: what a block reads stays together
   ActivationSpec activation;
 };
 
@@ -22,7 +22,7 @@ struct NhwcParameters {
 template <int V>
 constexpr int kLanes = V == 1 ? 32 : 8;
 template <int V>
-constexpr int kSlab = kLanes<V>* V;
+constexpr int kSlab = kLanes<V> * V;
 template <int V>
 constexpr int kPitch = kSlab<V> + 4;
 
@@ -89,10 +89,8 @@ class NhwcThread {
         }
         const int taps_across = U::kExact ? U::kTaps : p_.columns.taps;
         outputs_.add(
-            i, p_.rows.taps, across, [&](int part, int c, float(&value)[kPart]) { in[c].part(part, value); },
-            [&](int part, int u, int t, float(&weight)[kPart]) {
-              load_tap(part, u * taps_across + t0 + t, weight);
-            },
+            i, p_.rows.taps, across, [&](int part, int c, float (&value)[kPart]) { in[c].part(part, value); },
+            [&](int part, int u, int t, float (&weight)[kPart]) { load_tap(part, u * taps_across + t0 + t, weight); },
             exists);
       }
     }
@@ -141,18 +139,18 @@ class NhwcThread {
 
 // Blocks of 256 threads whose registers a multiprocessor holds: as few as the columns of a row of inputs demand.
 template <int V, class U>
-constexpr int kResident = V* U::kReads > 80 ? 1 : 2;
+constexpr int kResident = V * U::kReads > 80 ? 1 : 2;
 
 template <class S, int V, int kRows, class U>
 __global__ void __launch_bounds__(256, kResident<V, U>) depthwise_nhwc(const NhwcParameters p) {
   float* const taps = shared_memory<float>();
   const int slab = blockIdx.x % p.slabs, first = slab * kSlab<V>;
-  stage_taps(taps, kPitch<V>, static_cast<const S*>(p.weight) + first * p.weight_channel, p.weight_channel, p.weight_tap,
-             p.rows.taps * p.columns.taps, p.channels - first < kSlab<V> ? p.channels - first : kSlab<V>,
+  stage_taps(taps, kPitch<V>, static_cast<const S*>(p.weight) + first * p.weight_channel, p.weight_channel,
+             p.weight_tap, p.rows.taps * p.columns.taps, p.channels - first < kSlab<V> ? p.channels - first : kSlab<V>,
              [](int c) { return place_of_channel<V>(c); });
   __syncthreads();
   const int lane = threadIdx.x % kLanes<V>;
-  const int64_t item = int64_t{blockIdx.x / p.slabs} * (blockDim.x / kLanes<V>) + threadIdx.x / kLanes<V>;
+  const int64_t item = int64_t{blockIdx.x / p.slabs} * (blockDim.x / kLanes<V>)+threadIdx.x / kLanes<V>;
   NhwcThread<S, V, kRows, U> self(p, taps, lane, first + lane * V, item);
   // The warp decides together: one that has both kinds would do the work of both.
   const bool interior = __all_sync(~0u, !self.exists() || self.interior());
@@ -167,12 +165,17 @@ __global__ void __launch_bounds__(256, kResident<V, U>) depthwise_nhwc(const Nhw
 // A row of kernels.inc. kIsWide: 16 bytes of channels per thread, else one channel.
 template <bool kIsWide, int kTaps, int kStride>
 struct Nhwc {
-  using U = Unrolled<kTaps, kStride>;
+  // Filters of one dimension may be long: as many columns share what is read as the registers hold.
+  static constexpr int columns_of(int vector) {
+    return kTaps != kAnyTaps || kStride > 1 || vector == 1 ? 4 : vector == 4 ? 8 : 6;
+  }
+  template <class S>
+  using U = Unrolled<kTaps, kStride, columns_of(kIsWide ? kWide<S> : 1)>;
 
   template <class S>
   static constexpr int kVector = kIsWide ? kWide<S> : 1;
   // Two rows of outputs where the registers hold them.
-  static constexpr int rows_of(int vector) { return vector == 4 ? 2 : 1; }
+  static constexpr int rows_of(int vector) { return vector == 4 && kTaps != kAnyTaps ? 2 : 1; }
   static int vector_of(DType dtype) { return kIsWide ? static_cast<int>(16 / element_size(dtype)) : 1; }
   static int slab_of(DType dtype) { return kIsWide ? 8 * vector_of(dtype) : 32; }
   static int64_t shared_bytes(const DepthwiseProblem& p) {
@@ -187,7 +190,7 @@ struct Nhwc {
     const int64_t bytes = element_size(p.dtype), vector = vector_of(p.dtype);
     if (p.channels % vector != 0) return "channels are not a multiple of 16 bytes";
     for (const View* view : {&p.x, &p.y}) {
-      const int64_t(&size)[3] = view == &p.x ? p.window.in : p.window.out;
+      const int64_t (&size)[3] = view == &p.x ? p.window.in : p.window.out;
       bool aligned = reinterpret_cast<uintptr_t>(view->data) % 16 == 0;
       aligned &= p.batch == 1 || view->stride[0] * bytes % 16 == 0;
       for (int i : {1, 2}) aligned &= size[i] == 1 || view->stride[2 + i] * bytes % 16 == 0;
@@ -213,10 +216,11 @@ struct Nhwc {
     q.y_row = narrow(p.y.stride[3]);
     q.y_column = narrow(p.y.stride[4]);
     q.rows = axis_of(p.window, 1, rows_of(vector_of(p.dtype)));
-    q.columns = axis_of(p.window, 2, U::kColumns);
+    q.columns = axis_of(p.window, 2, columns_of(vector_of(p.dtype)));
     q.channels = narrow(p.channels);
     q.slabs = narrow(ceil_div(p.channels, slab_of(p.dtype)));
-    const int panels = narrow(ceil_div(q.columns.blocks, 8));
+    // The 32 items of a full block are about as high as wide.
+    const int panels = narrow(ceil_div(q.columns.blocks, p.window.out[1] == 1 ? 32 : 4 * rows_of(vector_of(p.dtype))));
     q.panel = narrow(ceil_div(q.columns.blocks, panels));
     q.items_of_image = panels * q.panel * q.rows.blocks;
     q.items = p.batch * q.items_of_image;
@@ -233,7 +237,8 @@ struct Nhwc {
     const NhwcParameters q = parameters(p);
     const int block = threads_of_block(threads(p), 256, runtime.threads);
     const int64_t blocks = ceil_div(q.items, block / kLanes<kVector<S>>) * q.slabs;
-    launch("depthwise_nhwc", depthwise_nhwc<S, kVector<S>, rows_of(kVector<S>), U>, blocks, block, shared_bytes(p), runtime, q);
+    launch("depthwise_nhwc", depthwise_nhwc<S, kVector<S>, rows_of(kVector<S>), U<S>>, blocks, block, shared_bytes(p),
+           runtime, q);
   }
 };
 

@@ -18,11 +18,11 @@ constexpr int kWarp = 32;
 // Taps of a row unrolled at once: as many as a row has, or 8 of any number.
 constexpr int kAnyTaps = 8;
 
-template <int taps, int s>
+template <int taps, int s, int columns = 4>
 struct Unrolled {
   static constexpr int kTaps = taps, kStride = s;
   static constexpr bool kExact = taps != kAnyTaps;
-  static constexpr int kColumns = 4;
+  static constexpr int kColumns = columns;
   static constexpr int kReads = (kColumns - 1) * kStride + kTaps;  // input columns of a row of outputs
 };
 
@@ -97,8 +97,7 @@ struct Outputs {
           for (int l = 0; l < U::kColumns; ++l) {
             if (!exists(l * U::kStride + t)) continue;
 #pragma unroll
-            for (int v = 0; v < kPart; ++v)
-              sum[at(r, l) + part * kPart + v] += weight[v] * in[l * U::kStride + t][v];
+            for (int v = 0; v < kPart; ++v) sum[at(r, l) + part * kPart + v] += weight[v] * in[l * U::kStride + t][v];
           }
         }
       }

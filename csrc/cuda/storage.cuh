@@ -3,8 +3,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <vector_functions.h>
 #include <string.h>
+#include <vector_functions.h>
 
 #include <cstdint>
 
@@ -28,8 +28,13 @@ __device__ inline float widen(__half value) { return __half2float(value); }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline void narrow(double value, double* out) { *out = value; }
 __device__ inline void narrow(float value, float* out) { *out = value; }
-__device__ inline void narrow(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ inline void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
+// As the bits that are stored: the harness of tests/simt sees no stores of class objects.
+__device__ inline void narrow(float value, __half* out) {
+  *reinterpret_cast<unsigned short*>(out) = __half_as_ushort(__float2half_rn(value));
+}
+__device__ inline void narrow(float value, __nv_bfloat16* out) {
+  *reinterpret_cast<unsigned short*>(out) = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
 
 // Two neighbouring values of a half type as the 32 bits that memory holds.
 template <class S>

@@ -1,7 +1,7 @@
 // Runs CUDA rows of the kernel table on the CPU, thread by thread. Each line of the standard input is a row and a problem
 // as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
 //
-//   driver                     the lines of the standard input
+//   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
 //   driver --plant BUG         a kernel of plants.cu
 //   driver --choose N SEED     N random problems on every GPU of kMachines: the row chosen, its grid
 
@@ -33,8 +33,8 @@ const Row& row_called(const std::string& name) {
   throw std::invalid_argument("no CUDA row is called " + name);
 }
 
-// A GPU with many multiprocessors, so that small problems are split too.
-constexpr Runtime kRuntime{132, nullptr, nullptr};
+// Many multiprocessors split small problems; with one they are cut as large ones are on any GPU.
+Runtime runtime{132, nullptr, nullptr};
 
 class Case {
  public:
@@ -56,14 +56,14 @@ class Case {
   std::string launch(const Row& row, const Tensors& outputs) const {
     const auto& kernel = kernel_of<DepthwiseProblem>(row);
     const auto bytes =
-        with(outputs, [&](const DepthwiseProblem& p) { return kernel.workspace_bytes(p, kRuntime.threads); });
+        with(outputs, [&](const DepthwiseProblem& p) { return kernel.workspace_bytes(p, runtime.threads); });
     const Buffer workspace(static_cast<int64_t>(bytes), 0);
     std::vector<simt::trace::Range> buffers{{workspace.data(), workspace.bytes()}};
     for (const Tensors* tensors : {&inputs_, &outputs}) {
       for (const auto& [role, tensor] : *tensors) buffers.push_back({tensor.buffer().data(), tensor.buffer().bytes()});
     }
     simt::trace::set_buffers(buffers);
-    with(outputs, [&](const DepthwiseProblem& p) { kernel.launch(p, kRuntime, workspace.data()); });
+    with(outputs, [&](const DepthwiseProblem& p) { kernel.launch(p, runtime, workspace.data()); });
     for (const auto& [role, tensor] : outputs) {
       if (!tensor.untouched_outside()) return std::string("wrote outside ") + kRoleNames[role];
     }
@@ -183,8 +183,8 @@ Spec random_large(Random& r) {
   for (int dim = 1; dim < 3; ++dim) {
     if (s.in[dim] == 1 || !r.one_in(2)) continue;
     s.in[dim] = r.of(kSizes);
-    s.out[dim] = std::max<int64_t>(1, output_size(s.in[dim], s.taps[dim], s.stride[dim], s.dilation[dim], s.pad[dim],
-                                                  s.pad[dim]));
+    s.out[dim] = std::max<int64_t>(
+        1, output_size(s.in[dim], s.taps[dim], s.stride[dim], s.dilation[dim], s.pad[dim], s.pad[dim]));
   }
   for (Layout& layout : s.layout) layout = r.one_in(2) ? Layout::contiguous : Layout::channels_last;
   s.layout[kOutput] = s.layout[kX];
@@ -244,6 +244,7 @@ int main(int count, char** words) {
   try {
     if (option == "--plant") return run_plant(words[2]);
     if (option == "--choose") return choose_all(std::stoll(words[2]), std::stoll(words[3]));
+    if (option == "--gpu") runtime.threads = std::stoi(words[2]);
     bool good = true;
     for (std::string line; std::getline(std::cin, line);) good &= answer(line);
     return good ? 0 : 1;

@@ -16,21 +16,22 @@ constexpr int kThreads = 128, kBlocks = 4, kTotal = kThreads * kBlocks;
 
 enum class Bug : uint8_t {
   none,
-  out_of_bounds,        // reads one element behind the input
+  out_of_bounds,         // reads one element behind the input
   shared_out_of_bounds,  // writes one element behind shared memory
-  missing_barrier,      // reads what another thread of the block wrote
-  divergent_barrier,    // half of the threads wait elsewhere
-  early_exit,           // a thread leaves before the barrier
-  divergent_shuffle,    // a lane of the mask does not come
-  uncoalesced,          // lanes a row apart
-  bank_conflict,        // lanes a row of banks apart
-  forgotten_wait,       // the copy may not have arrived
-  plain_add,            // += of all blocks to one sum
-  misaligned            // a vector between vectors
+  missing_barrier,       // reads what another thread of the block wrote
+  divergent_barrier,     // half of the threads wait elsewhere
+  early_exit,            // a thread leaves before the barrier
+  divergent_shuffle,     // a lane of the mask does not come
+  uncoalesced,           // lanes a row apart
+  bank_conflict,         // lanes a row of banks apart
+  forgotten_wait,        // the copy may not have arrived
+  plain_add,             // += of all blocks to one sum
+  misaligned             // a vector between vectors
 };
-constexpr const char* kBugs[] = {"none",          "out_of_bounds", "shared_out_of_bounds", "missing_barrier",
-                                 "divergent_barrier", "early_exit", "divergent_shuffle",  "uncoalesced",
-                                 "bank_conflict", "forgotten_wait", "plain_add",           "misaligned"};
+constexpr const char* kBugs[] = {
+    "none",       "out_of_bounds",     "shared_out_of_bounds", "missing_barrier", "divergent_barrier",
+    "early_exit", "divergent_shuffle", "uncoalesced",          "bank_conflict",   "forgotten_wait",
+    "plain_add",  "misaligned"};
 
 struct Parameters {
   Bug bug;
@@ -100,8 +101,8 @@ int run_plant(const std::string& name) {
     ++noticed;
   };
   const auto aligned = [] {
-    return std::unique_ptr<float, void (*)(void*)>(
-        static_cast<float*>(std::aligned_alloc(128, kTotal * sizeof(float))), std::free);
+    return std::unique_ptr<float, void (*)(void*)>(static_cast<float*>(std::aligned_alloc(128, kTotal * sizeof(float))),
+                                                   std::free);
   };
   const auto x = aligned(), y = aligned();
   for (int i = 0; i < kTotal; ++i) x.get()[i] = static_cast<float>(i % 23);

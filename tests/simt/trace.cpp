@@ -81,9 +81,9 @@ bool unordered(const Stamp& earlier, const Stamp& now) {
 void check_race(Cell& cell, const Stamp& now, Kind kind, const char* where) {
   const auto race = [&](const Stamp& earlier, const char* what) {
     if (unordered(earlier, now) && !(earlier.atomic && now.atomic))
-      violate(std::string("race in ") + where,
-              std::string(": ") + what + " by thread " + std::to_string(earlier.thread) + " of block " +
-                  std::to_string(earlier.block));
+      violate(std::string("race in ") + where, std::string(": ") + what + " by thread " +
+                                                   std::to_string(earlier.thread) + " of block " +
+                                                   std::to_string(earlier.block));
   };
   race(cell.write, kind == Kind::read ? "reads what is written" : "writes what is written");
   if (kind == Kind::read) {
@@ -210,8 +210,8 @@ void access(const volatile void* at, int bytes, Kind kind, const void* instructi
   if (!t.running) return;
   const auto* p = const_cast<const unsigned char*>(static_cast<const volatile unsigned char*>(at));
   const bool is_stack = holds(t.stacks, p, bytes) || (p >= t.caller_stack && p < t.caller_stack + (1 << 20));
-  const bool is_static = p >= reinterpret_cast<unsigned char*>(&__executable_start) &&
-                         p < reinterpret_cast<unsigned char*>(&::end);
+  const bool is_static =
+      p >= reinterpret_cast<unsigned char*>(&__executable_start) && p < reinterpret_cast<unsigned char*>(&::end);
   if (is_stack || is_static) return;
   const bool shared = holds(t.shared, p, bytes);
   size_t buffer = 0;
@@ -241,16 +241,16 @@ void access(const volatile void* at, int bytes, Kind kind, const void* instructi
 
 using simt::trace::Kind;
 
-#define SIMT_ACCESS(bytes)                                                                                           \
-  extern "C" void __tsan_read##bytes(void* p) {                                                                      \
-    simt::trace::access(p, bytes, Kind::read, __builtin_return_address(0));                                          \
-  }                                                                                                                  \
-  extern "C" void __tsan_write##bytes(void* p) {                                                                     \
-    simt::trace::access(p, bytes, Kind::write, __builtin_return_address(0));                                         \
-  }                                                                                                                  \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) { __tsan_read##bytes(p); }                                   \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) { __tsan_write##bytes(p); }                                 \
-  extern "C" void __tsan_volatile_read##bytes(void* p) { __tsan_read##bytes(p); }                                    \
+#define SIMT_ACCESS(bytes)                                                           \
+  extern "C" void __tsan_read##bytes(void* p) {                                      \
+    simt::trace::access(p, bytes, Kind::read, __builtin_return_address(0));          \
+  }                                                                                  \
+  extern "C" void __tsan_write##bytes(void* p) {                                     \
+    simt::trace::access(p, bytes, Kind::write, __builtin_return_address(0));         \
+  }                                                                                  \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) { __tsan_read##bytes(p); }   \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) { __tsan_write##bytes(p); } \
+  extern "C" void __tsan_volatile_read##bytes(void* p) { __tsan_read##bytes(p); }    \
   extern "C" void __tsan_volatile_write##bytes(void* p) { __tsan_write##bytes(p); }
 #if SIMT_TRACED
 SIMT_ACCESS(1)

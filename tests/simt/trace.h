@@ -21,12 +21,12 @@ struct Range {
 // Of global memory: what was asked for, and the 32-byte sectors that moved, per request of a warp and per block. Of
 // shared memory: the cycles its banks were busy, and the fewest that could do. Atomics count as races do: not here.
 struct Counts {
-  int64_t bytes_read, bytes_written;           // asked for, all threads together
-  int64_t sectors_requested;                   // per request: what the L1 moves
-  int64_t sectors_read, sectors_written;       // each once per block: what L2 moves
-  int64_t distinct_bytes_written;              // each once per launch
+  int64_t bytes_read, bytes_written;      // asked for, all threads together
+  int64_t sectors_requested;              // per request: what the L1 moves
+  int64_t sectors_read, sectors_written;  // each once per block: what L2 moves
+  int64_t distinct_bytes_written;         // each once per launch
   int64_t wavefronts, fewest_wavefronts;
-  int64_t largest_access;                      // bytes of one thread at once, global memory
+  int64_t largest_access;  // bytes of one thread at once, global memory
 };
 
 struct Report {
