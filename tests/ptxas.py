@@ -21,6 +21,7 @@ from dsconv_ext import _build  # noqa: E402
 
 TABLE = ROOT / "tests" / "ptxas.csv"
 FIELDS = ("architecture", "source", "kernel", "registers", "shared_bytes", "stack_bytes", "spill_bytes")
+ARCHITECTURES = [entry.replace(".", "") for entry in _build.DEFAULT_CUDA_ARCHS.split(";")]
 # What the kernels include from outside csrc/cuda.
 HEADERS = ("activations.h", "geometry.h", "problem.h")
 
@@ -81,8 +82,9 @@ def demangled(name: str) -> str:
 def read_table() -> tuple[str, list[Kernel]]:
     """The hash and the lines of the committed table."""
     first, *lines = TABLE.read_text().splitlines()
+    texts, numbers = FIELDS[:3], FIELDS[3:]
     rows = csv.DictReader(lines)
-    return first.rpartition(" ")[2], [Kernel(*(int(r[f]) if f.endswith(("s", "_bytes")) else r[f] for f in FIELDS)) for r in rows]
+    return first.rpartition(" ")[2], [Kernel(*(r[f] for f in texts), *(int(r[f]) for f in numbers)) for r in rows]
 
 
 def main() -> None:
@@ -90,9 +92,8 @@ def main() -> None:
     if cuda is None:
         raise SystemExit("nvcc was not found")
     found: list[Kernel] = []
-    architectures = [entry.replace(".", "") for entry in _build.DEFAULT_CUDA_ARCHS.split(";")]
     with tempfile.TemporaryDirectory() as folder:
-        for architecture in architectures:
+        for architecture in ARCHITECTURES:
             for source in kernels():
                 found += compile_one(cuda, source, architecture, Path(folder) / "kernel.cubin")
                 print(architecture, source.name, flush=True)

@@ -3,7 +3,8 @@
 //
 //   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
 //   driver --plant BUG         a kernel of plants.cu
-//   driver --choose N SEED     N random problems on every GPU of kMachines: the row chosen, its grid
+//   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
+//   driver --choose-random N SEED
 
 #include <cstdio>
 #include <iostream>
@@ -205,34 +206,30 @@ Views imagined_views(const Spec& s) {
   return views;
 }
 
-// Every problem has a row on every GPU, and the row's launch is one that CUDA takes.
-int choose_all(int64_t count, int64_t seed) {
-  Random random(static_cast<uint64_t>(seed));
-  simt::dry = true;
+// A problem has a row on every GPU, always the same, and the row's launch is one that CUDA takes.
+bool choose_on_all(const Spec& spec) {
+  const DepthwiseProblem problem = depthwise_problem(spec, imagined_views(spec), {});
   bool good = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const Spec spec = random_large(random);
-    const DepthwiseProblem problem = depthwise_problem(spec, imagined_views(spec), {});
-    for (const Gpu& gpu : kGpus) {
-      const Row* row = choose(Pass::depthwise_fwd, problem, gpu.machine, {});
-      const bool again = row == choose(Pass::depthwise_fwd, problem, gpu.machine, {});
-      simt::largest = {};
-      std::string wrong = !row ? "no row" : again ? "" : "another row the second time";
-      if (row) {
-        const auto& kernel = kernel_of<DepthwiseProblem>(*row);
-        if (kernel.can_run(problem)) wrong = "an illegal row";
-        try {
-          kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
-        } catch (const simt::Violation& violation) {
-          wrong = violation.what();
-        }
+  simt::dry = true;
+  for (const Gpu& gpu : kGpus) {
+    const Row* row = choose(Pass::depthwise_fwd, problem, gpu.machine, {});
+    const bool again = row == choose(Pass::depthwise_fwd, problem, gpu.machine, {});
+    simt::largest = {};
+    std::string wrong = !row ? "no row" : again ? "" : "another row the second time";
+    if (row) {
+      const auto& kernel = kernel_of<DepthwiseProblem>(*row);
+      if (kernel.can_run(problem)) wrong = "an illegal row";
+      try {
+        kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
+      } catch (const simt::Violation& violation) {
+        wrong = violation.what();
       }
-      good &= wrong.empty();
-      std::printf("%s; %s; %s; %lld blocks; %s\n", wrong.empty() ? "ok" : ("FAILED " + wrong).c_str(), gpu.name,
-                  row ? row->name : "-", static_cast<long long>(simt::largest.blocks), line_of(spec).c_str());
     }
+    good &= wrong.empty();
+    std::printf("%s;%s;%s;%lld;%s\n", wrong.empty() ? "ok" : ("FAILED " + wrong).c_str(), gpu.name,
+                row ? row->name : "-", static_cast<long long>(simt::largest.blocks), line_of(spec).c_str());
   }
-  return good ? 0 : 1;
+  return good;
 }
 
 }  // namespace
@@ -241,12 +238,17 @@ int choose_all(int64_t count, int64_t seed) {
 int main(int count, char** words) {
   using namespace dsconv::simt_test;
   const std::string option = count > 1 ? words[1] : "";
+  bool good = true;
   try {
     if (option == "--plant") return run_plant(words[2]);
-    if (option == "--choose") return choose_all(std::stoll(words[2]), std::stoll(words[3]));
+    if (option == "--choose-random") {
+      Random random(std::stoull(words[3]));
+      for (int64_t i = std::stoll(words[2]); i > 0; --i) good &= choose_on_all(random_large(random));
+      return good ? 0 : 1;
+    }
     if (option == "--gpu") runtime.threads = std::stoi(words[2]);
-    bool good = true;
-    for (std::string line; std::getline(std::cin, line);) good &= answer(line);
+    for (std::string line; std::getline(std::cin, line);)
+      good &= option == "--choose" ? choose_on_all(parse(line)) : answer(line);
     return good ? 0 : 1;
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());
