@@ -185,7 +185,7 @@ def problems(row: str, count: int) -> list[str]:
     taps, stride = ("any", "") if general else re.search(r"_k(\d+|any)s(\d)", row).groups()
     dtypes = deck(("float32", *HALVES, *(("float64",) if general else ())))
     sizes, downs = deck((1, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33)), deck((1, 2, 3, 5, 7, 8, 9, 11))
-    widths, heights = deck((1, 2, 4, 6, 8, 9, 16, 17, 31) if taps == "any" else (int(taps),)), deck((1, 3, 5, 7))
+    widths, heights = deck((1, 2, 4, 6, 8, 9, 16, 17, 31) if taps == "any" else (int(taps),)), deck((1, 3, 5, 7) if taps != "any" else (1, 3, 5))
     dilations = deck((1, 1, 2, 3) if stride != "2" else (1,))
     data, batches = deck(("integers", "reals", "nonfinite")), deck((1, 1, 2, 3))
     kinds = {"integers": deck(("none", "relu", "relu6")), "nonfinite": deck(("none", "relu"))}
@@ -200,7 +200,7 @@ def problems(row: str, count: int) -> list[str]:
             step = int(stride) if stride else rng.choice((1, 2, 3))
             dilation = dilations.deal()
             reach = dilation * (tap - 1)
-            low, high = rng.choice(((reach // 2, reach // 2), (reach, 0), (0, reach), (reach + 2, 1)))
+            low, high = rng.choice(((reach // 2, reach - reach // 2), (reach, 0), (0, reach), (reach + 2, 1)))
             window.append((max(size, 1), tap, step, dilation, low, high))
         depth = [(3, 2, 1, 1, 1, 0)] if general and rng.random() < 0.3 else []
         kind = data.deal()
