@@ -185,7 +185,8 @@ def problems(row: str, count: int) -> list[str]:
     taps, stride = ("any", "") if general else re.search(r"_k(\d+|any)s(\d)", row).groups()
     dtypes = deck(("float32", *HALVES, *(("float64",) if general else ())))
     sizes, downs = deck((1, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33)), deck((1, 2, 3, 5, 7, 8, 9, 11))
-    widths, heights = deck((1, 2, 4, 6, 8, 9, 16, 17, 31) if taps == "any" else (int(taps),)), deck((1, 3, 5, 7) if taps != "any" else (1, 3, 5))
+    widths = deck((1, 2, 4, 6, 8, 9, 16, 17, 31) if taps == "any" else (int(taps),))
+    heights = deck((1, 3, 5) if taps == "any" else (1, 3, 5, 7))  # as many as fit shared memory
     dilations = deck((1, 1, 2, 3) if stride != "2" else (1,))
     data, batches = deck(("integers", "reals", "nonfinite")), deck((1, 1, 2, 3))
     kinds = {"integers": deck(("none", "relu", "relu6")), "nonfinite": deck(("none", "relu"))}
@@ -287,8 +288,11 @@ def test_traffic(name, height, width, taps, limit, dtype):
     counts = traffic(f"depthwise_fwd_{name}_cuda", dtype, channels, height, width, taps)
     least = counts["input_bytes"] + counts["output_bytes"]
     assert 32 * (counts["sectors_read"] + counts["sectors_written"]) <= limit * least, counts
+    # A stream of single values asks for 4 or 2 sectors at a time, and one more where a tile starts between sectors.
+    tiled = not wide and width > 28
+    efficiency = 0.9 if not tiled else 4 / 5 if dtype == "float32" else 2 / 3
     asked = counts["bytes_read"] + counts["bytes_written"]
-    assert asked >= 0.9 * 32 * counts["sectors_requested"], counts
+    assert asked >= efficiency * 32 * counts["sectors_requested"], counts
     assert counts["largest_access"] == (16 if wide else 4 if dtype == "float32" else 2), counts
     # Rows of a contiguous map that are no multiple of 32 columns wrap around within a request: each wrap can cost one.
     bank_limit = 1.05 if wide or width % 32 == 0 else 1.3

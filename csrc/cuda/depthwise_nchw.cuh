@@ -217,7 +217,9 @@ struct Nchw {
     if (const char* reason = why_not_rows(p, kTaps, kStride)) return reason;
     const Window& w = p.window;
     if ((w.in[2] > 1 && p.x.stride[4] != 1) || (w.out[2] > 1 && p.y.stride[4] != 1)) return "not contiguous";
-    return shared_bytes(parameters(p, 1)) > 48 << 10 ? "the window does not fit shared memory" : nullptr;
+    const NchwParameters q = parameters(p, 1);
+    if (shared_bytes(q) > 48 << 10) return "the window does not fit shared memory";
+    return blocks_of(p, q) > kLargestGrid ? kGridTooLarge : nullptr;
   }
 
   static int64_t shared_bytes(const NchwParameters& q) {

@@ -186,6 +186,7 @@ struct Nhwc {
     if (const char* reason = why_not_rows(p, kTaps, kStride)) return reason;
     if (p.x.stride[1] != 1 || p.y.stride[1] != 1) return "not channels_last";
     if (shared_bytes(p) > 48 << 10) return "the taps do not fit shared memory";
+    if (ceil_div(threads(p), 256) + parameters(p).slabs > kLargestGrid) return kGridTooLarge;
     if (!kIsWide) return nullptr;
     const int64_t bytes = element_size(p.dtype), vector = vector_of(p.dtype);
     if (p.channels % vector != 0) return "channels are not a multiple of 16 bytes";

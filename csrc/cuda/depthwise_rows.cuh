@@ -125,6 +125,9 @@ const char* why_not_rows(const DepthwiseProblem& p, int taps, int stride);
 // The step from one tap of a filter to the next, rows of taps included.
 int64_t tap_stride(const DepthwiseProblem& p);
 
+constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
+constexpr const char* kGridTooLarge = "more blocks than a grid holds";
+
 // Threads that fill a GPU's multiprocessors: blocks shrink until there are two for each, or a block is one warp.
 inline int threads_of_block(int64_t threads, int most, int multiprocessors) {
   int block = most;
