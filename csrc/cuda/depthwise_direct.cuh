@@ -14,7 +14,7 @@ constexpr int kPixels = 4;
 // kChannelsFast: neighbouring threads take neighbouring channels (channels_last), else neighbouring groups of columns
 // (contiguous). Index is int32_t where every offset fits, else int64_t.
 template <class S, class Index, bool kChannelsFast>
-__global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProblem p) {
+__global__ void __launch_bounds__(kThreads, 2) depthwise_direct(const DepthwiseProblem p) {
   using T = Compute<S>;
   const Window& w = p.window;
   const Index channels = p.channels * p.multiplier, groups = (w.out[2] + kPixels - 1) / kPixels;

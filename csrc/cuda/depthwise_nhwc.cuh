@@ -139,7 +139,7 @@ class NhwcThread {
 
 // Blocks of 256 threads whose registers a multiprocessor holds: as few as the columns of a row of inputs demand.
 template <int V, class U>
-constexpr int kResident = V * U::kReads > 80 ? 1 : 2;
+constexpr int kResident = U::kReads > 12 || V* U::kReads > 80 ? 1 : 2;
 
 template <class S, int V, int kRows, class U>
 __global__ void __launch_bounds__(256, kResident<V, U>) depthwise_nhwc(const NhwcParameters p) {
