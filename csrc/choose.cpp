@@ -24,6 +24,12 @@ extern const Kernel<PointwiseProblem> pointwise_forward, pointwise_grad_weight;
 }  // namespace cpu::reference
 namespace cuda {
 extern const Kernel<DepthwiseProblem> direct_forward;
+extern const Kernel<DepthwiseProblem> nhwc_wide_k3s1, nhwc_wide_k3s2, nhwc_wide_k5s1, nhwc_wide_k5s2, nhwc_wide_k7s1,
+    nhwc_wide_k7s2, nhwc_wide_kanys1, nhwc_wide_kanys2;
+extern const Kernel<DepthwiseProblem> nhwc_narrow_k3s1, nhwc_narrow_k3s2, nhwc_narrow_k5s1, nhwc_narrow_k5s2,
+    nhwc_narrow_k7s1, nhwc_narrow_k7s2, nhwc_narrow_kanys1, nhwc_narrow_kanys2;
+extern const Kernel<DepthwiseProblem> nchw_k3s1, nchw_k3s2, nchw_k5s1, nchw_k5s2, nchw_k7s1, nchw_k7s2, nchw_kanys1,
+    nchw_kanys2;
 }  // namespace cuda
 
 const std::vector<Row>& kernel_table() {
@@ -95,6 +101,17 @@ double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& mac
   return (cost.flops / rate + cost.bytes / bandwidth) * 1e-3;
 }
 
+// Threads per multiprocessor that keep it busy: each has several loads under way.
+constexpr double kBusyThreads = 256;
+
+// The part of a GPU that a launch of the row keeps busy. A row with less work in each thread is then the faster one.
+template <class Problem>
+double busy_part(const Row& row, const Problem& problem, const Machine& machine) {
+  const auto threads = kernel_of<Problem>(row).threads;
+  if (!threads || machine.multiprocessors == 0) return 1;
+  return std::min(1.0, threads(problem) / (kBusyThreads * machine.multiprocessors));
+}
+
 const char* why_not(const Row& row, const Machine& machine) {
   if ((row.target == Target::cuda) != (machine.target == Target::cuda)) return "runs on another device";
   if (row.target == Target::cuda) return machine.sm ? nullptr : "the library holds no code for this GPU";
@@ -108,7 +125,7 @@ bool is_preferred(const Row& row, const Preferred& preferred) {
 }  // namespace
 
 double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) {
-  return time_us(cost_of(p), row, p.dtype, machine);
+  return time_us(cost_of(p), row, p.dtype, machine) / busy_part(row, p, machine);
 }
 double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) {
   return time_us(cost_of(p), row, p.dtype, machine);

@@ -113,9 +113,10 @@ struct SeparableProblem {
   PointwiseProblem pointwise;
 };
 
-// What a CPU kernel may use of the machine: a blocking loop over [0, count) run by up to `threads` threads.
+// What a kernel may use of the machine: on a CPU a blocking loop over [0, count) run by up to `threads` threads, on a GPU
+// the multiprocessors and a stream.
 struct Runtime {
-  int threads;
+  int threads;  // or multiprocessors
   void (*parallel)(int64_t count, void (*body)(void* context, int64_t index), void* context);
   void* stream;  // CUDA rows only
 };
@@ -126,6 +127,7 @@ struct Kernel {
   const char* (*can_run)(const Problem&);  // null, or the reason why not
   size_t (*workspace_bytes)(const Problem&, int threads);
   void (*launch)(const Problem&, const Runtime&, void* workspace);
+  int64_t (*threads)(const Problem&) = nullptr;  // CUDA rows: how many work at once, if the GPU has room
 };
 
 // Weights in the order in which a target's kernels read them (Problem::packed).

@@ -1,10 +1,11 @@
-"""C++ test modules: compiled on demand without torch, incrementally, into ``build/``."""
+"""C++ test modules and programs: compiled on demand without torch, incrementally, into ``build/``."""
 
 from __future__ import annotations
 
 import fcntl
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +27,26 @@ rule link
   command = $cxx -shared $in -o $out
 """
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-DDSCONV_X86={int(_build.IS_X86)}", "-DDSCONV_CUDA=1"]
+
+
+def program(folder: Path, text: str) -> Path:
+    """Build what ``text``, a build.ninja, makes in ``folder`` and return its program ``driver``.
+
+    Only what has changed is compiled; test processes that want the same folder wait for each other.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    jobs = os.environ.get("MAX_JOBS") or str(_build.max_jobs())
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = folder / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        done = subprocess.run(
+            [shutil.which("ninja", path=path) or "ninja", "-j", jobs], cwd=folder, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return folder / "driver"
 
 
 def load(name: str) -> ModuleType:

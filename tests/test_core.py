@@ -7,18 +7,17 @@ alone: ``build/core-plain/driver --row NAME --problem "LINE"``.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import native
 from conftest import ROOT
 from dsconv_ext import _build
 
@@ -95,21 +94,8 @@ def ninja_file(variant: Variant) -> str:
 
 @functools.cache
 def build(variant: Variant) -> Path:
-    """Compile what has changed; test processes that want the same variant wait for each other."""
-    folder = ROOT / "build" / f"core-{variant.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    jobs = os.environ.get("MAX_JOBS") or str(_build.max_jobs())
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        text, file = ninja_file(variant), folder / "build.ninja"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-        done = subprocess.run(
-            [shutil.which("ninja", path=path) or "ninja", "-j", jobs], cwd=folder, capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    return folder / "driver"
+    """The driver, compiled as far as its sources have changed."""
+    return native.program(ROOT / "build" / f"core-{variant.name}", ninja_file(variant))
 
 
 def drive(variant: Variant, *options: str, runner: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

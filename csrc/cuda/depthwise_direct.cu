@@ -1,22 +1,20 @@
 #include "cuda/depthwise_direct.cuh"
 
-#include "cuda/device.h"
+#include "cuda/launch.cuh"
 
 namespace dsconv::cuda {
 namespace {
 
+int64_t threads_of(const DepthwiseProblem& p) {
+  const Window& w = p.window;
+  return p.batch * p.channels * p.multiplier * w.out[0] * w.out[1] * ceil_div(w.out[2], kPixels);
+}
+
 template <class S, class Index>
 void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
-  const Window& w = p.window;
-  const int64_t threads = p.batch * p.channels * p.multiplier * w.out[0] * w.out[1] * ceil_div(w.out[2], kPixels);
-  const unsigned blocks = static_cast<unsigned>(min64(ceil_div(threads, kThreads), (int64_t{1} << 31) - 1));
-  const auto stream = static_cast<cudaStream_t>(runtime.stream);
-  if (p.y.stride[1] == 1) {
-    depthwise_direct<S, Index, true><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    depthwise_direct<S, Index, false><<<blocks, kThreads, 0, stream>>>(p);
-  }
-  check_launch("depthwise_direct");
+  const int64_t blocks = min64(ceil_div(threads_of(p), kThreads), (int64_t{1} << 31) - 1);
+  const auto kernel = p.y.stride[1] == 1 ? depthwise_direct<S, Index, true> : depthwise_direct<S, Index, false>;
+  launch("depthwise_direct", kernel, blocks, kThreads, 0, runtime, p);
 }
 
 template <class S>
@@ -32,7 +30,7 @@ void launch_storage(const DepthwiseProblem& p, const Runtime& runtime) {
   return narrow ? launch_as<S, int32_t>(p, runtime) : launch_as<S, int64_t>(p, runtime);
 }
 
-void launch(const DepthwiseProblem& p, const Runtime& runtime, void*) {
+void launch_direct(const DepthwiseProblem& p, const Runtime& runtime, void*) {
   switch (p.dtype) {
     case DType::f64: return launch_storage<double>(p, runtime);
     case DType::f32: return launch_storage<float>(p, runtime);
@@ -46,7 +44,8 @@ void launch(const DepthwiseProblem& p, const Runtime& runtime, void*) {
 extern const Kernel<DepthwiseProblem> direct_forward = {
     [](const DepthwiseProblem&) -> const char* { return nullptr; },
     [](const DepthwiseProblem&, int) -> size_t { return 0; },
-    launch,
+    launch_direct,
+    threads_of,
 };
 
 }  // namespace dsconv::cuda

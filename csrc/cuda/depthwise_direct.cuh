@@ -3,33 +3,10 @@
 // specialised rows do not cover.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "activations.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/storage.cuh"
 
 namespace dsconv::cuda {
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
-// Explicit conversions: torch's build flags disable the implicit ones of the half types.
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(float value) { return value; }
-__device__ inline float widen(__half value) { return __half2float(value); }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline void narrow(double value, double* out) { *out = value; }
-__device__ inline void narrow(float value, float* out) { *out = value; }
-__device__ inline void narrow(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ inline void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;
@@ -37,7 +14,7 @@ constexpr int kPixels = 4;
 // kChannelsFast: neighbouring threads take neighbouring channels (channels_last), else neighbouring groups of columns
 // (contiguous). Index is int32_t where every offset fits, else int64_t.
 template <class S, class Index, bool kChannelsFast>
-__global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProblem p) {
+__global__ void __launch_bounds__(kThreads, 2) depthwise_direct(const DepthwiseProblem p) {
   using T = Compute<S>;
   const Window& w = p.window;
   const Index channels = p.channels * p.multiplier, groups = (w.out[2] + kPixels - 1) / kPixels;
@@ -77,13 +54,11 @@ __global__ void __launch_bounds__(kThreads) depthwise_direct(const DepthwiseProb
     }
     S* y =
         static_cast<S*>(p.y.data) + image * p.y.stride[0] + o * p.y.stride[1] + d * p.y.stride[2] + h * p.y.stride[3];
-    with_activation(p.activation.kind, [&]<Activation kind>() {
+    activate_values(sum, p.activation);
 #pragma unroll
-      for (int q = 0; q < kPixels; ++q) {
-        if (column + q < w.out[2])
-          narrow(activate<kind>(sum[q], static_cast<T>(p.activation.param)), y + (column + q) * p.y.stride[4]);
-      }
-    });
+    for (int q = 0; q < kPixels; ++q) {
+      if (column + q < w.out[2]) narrow(sum[q], y + (column + q) * p.y.stride[4]);
+    }
   }
 }
 

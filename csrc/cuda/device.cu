@@ -14,7 +14,7 @@ namespace {
 __global__ void probe() {}
 
 Machine describe(int device) {
-  Machine none{Target::cuda, 0, 1, 1, 1, 0};
+  Machine none{Target::cuda, 0, 1, 1, 1, 0, 1};
   int previous = 0;
   if (cudaGetDevice(&previous) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) {
     cudaGetLastError();
@@ -35,7 +35,7 @@ Machine describe(int device) {
   const double lanes = sm == 75 || sm == 80 ? 64 : 128;
   const double peak = 2e-6 * lanes * properties.multiProcessorCount * core_khz;
   const double memory = 2e-6 * memory_khz * properties.memoryBusWidth / 8;
-  return {Target::cuda, sm, peak, 3 * memory, memory, properties.l2CacheSize};
+  return {Target::cuda, sm, peak, 3 * memory, memory, properties.l2CacheSize, properties.multiProcessorCount};
 }
 
 }  // namespace

@@ -1,0 +1,28 @@
+// A launch, and the shared memory it asked for. What g++ cannot compile is here and in copy_async.cuh and nowhere else:
+// tests/simt has headers of the same names that run kernels on the CPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/device.h"
+#include "problem.h"
+
+namespace dsconv::cuda {
+
+// Kernels take one struct by value. Blocks go on grid.x alone, whose limit is 2^31 - 1.
+template <class Parameters>
+void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared_bytes,
+            const Runtime& runtime, const Parameters& parameters) {
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(runtime.stream)>>>(
+      parameters);
+  check_launch(name);
+}
+
+// The dynamic shared memory of the block, aligned for vectors.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ uint4 dsconv_shared[];
+  return reinterpret_cast<T*>(dsconv_shared);
+}
+
+}  // namespace dsconv::cuda

@@ -1,0 +1,8 @@
+#include "cuda/depthwise_nchw.cuh"
+
+namespace dsconv::cuda {
+
+extern const Kernel<DepthwiseProblem> nchw_kanys1 = kernel_of_rows<Nchw<1, kAnyTaps, 1>>();
+extern const Kernel<DepthwiseProblem> nchw_kanys2 = kernel_of_rows<Nchw<1, kAnyTaps, 2>>();
+
+}  // namespace dsconv::cuda

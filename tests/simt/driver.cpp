@@ -1,0 +1,257 @@
+// Runs CUDA rows of the kernel table on the CPU, thread by thread. Each line of the standard input is a row and a problem
+// as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
+//
+//   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
+//   driver --plant BUG         a kernel of plants.cu
+//   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
+//   driver --choose-random N SEED
+
+#include <cstdio>
+#include <iostream>
+
+#include "core/oracle.h"
+#include "simt/plants.h"
+#include "simt/simt.h"
+#include "simt/trace.h"
+
+namespace dsconv::cuda {
+// Nothing is queued here, so no launch fails.
+void check_launch(const char*) {}
+}  // namespace dsconv::cuda
+
+namespace dsconv::simt_test {
+namespace {
+
+using namespace core_test;
+
+constexpr simt::Order kOrders[] = {simt::Order::forward, simt::Order::reverse, simt::Order::shuffled};
+constexpr const char* kOrderNames[] = {"forward", "reverse", "shuffled"};
+
+const Row& row_called(const std::string& name) {
+  for (const Row& row : kernel_table()) {
+    if (name == row.name && row.target == Target::cuda) return row;
+  }
+  throw std::invalid_argument("no CUDA row is called " + name);
+}
+
+// Many multiprocessors split small problems; with one they are cut as large ones are on any GPU.
+Runtime runtime{132, nullptr, nullptr};
+
+class Case {
+ public:
+  explicit Case(const Spec& spec) : spec_(spec), inputs_(tensors_of(spec, false)) {
+    for (auto& [role, tensor] : inputs_) {
+      tensor.fill(draw_values(spec, role, tensor.shape()));
+      numbers_[role] = tensor.values();
+    }
+  }
+  template <class Use>
+  auto with(const Tensors& outputs, Use use) const {
+    return use(depthwise_problem(spec_, views_of(inputs_, outputs), {}));
+  }
+  const char* refusal(const Row& row) const {
+    const Tensors outputs = tensors_of(spec_, true);
+    return with(outputs, [&](const DepthwiseProblem& p) { return kernel_of<DepthwiseProblem>(row).can_run(p); });
+  }
+  // Throws simt::Violation; "" or what was touched that should not be.
+  std::string launch(const Row& row, const Tensors& outputs) const {
+    const auto& kernel = kernel_of<DepthwiseProblem>(row);
+    const auto bytes =
+        with(outputs, [&](const DepthwiseProblem& p) { return kernel.workspace_bytes(p, runtime.threads); });
+    const Buffer workspace(static_cast<int64_t>(bytes), 0);
+    std::vector<simt::trace::Range> buffers{{workspace.data(), workspace.bytes()}};
+    for (const Tensors* tensors : {&inputs_, &outputs}) {
+      for (const auto& [role, tensor] : *tensors) buffers.push_back({tensor.buffer().data(), tensor.buffer().bytes()});
+    }
+    simt::trace::set_buffers(buffers);
+    with(outputs, [&](const DepthwiseProblem& p) { kernel.launch(p, runtime, workspace.data()); });
+    for (const auto& [role, tensor] : outputs) {
+      if (!tensor.untouched_outside()) return std::string("wrote outside ") + kRoleNames[role];
+    }
+    for (const auto& [role, tensor] : inputs_) {
+      if (!same(tensor.values(), numbers_.at(role))) return std::string("changed ") + kRoleNames[role];
+    }
+    return workspace.intact() ? "" : "wrote outside its workspace";
+  }
+  Results expected() const { return expect(spec_, numbers_); }
+
+ private:
+  static bool same(const Values& a, const Values& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+  }
+  Spec spec_;
+  Tensors inputs_;
+  Numbers numbers_;
+};
+
+std::string json_of(const Spec& spec, const simt::trace::Counts& c) {
+  const Tensors inputs = tensors_of(spec, false), outputs = tensors_of(spec, true);
+  int64_t least = 0, output = 0;
+  for (const auto& [role, tensor] : inputs) least += tensor.buffer().bytes();
+  for (const auto& [role, tensor] : outputs) output += count_of(tensor.shape()) * element_size(spec.dtype);
+  std::ostringstream out;
+  const auto field = [&](const char* name, int64_t value) {
+    out << (out.tellp() > 0 ? ", " : "{") << '"' << name << "\": " << value;
+  };
+  field("blocks", simt::largest.blocks);
+  field("input_bytes", least);
+  field("output_bytes", output);
+  field("bytes_read", c.bytes_read);
+  field("bytes_written", c.bytes_written);
+  field("distinct_bytes_written", c.distinct_bytes_written);
+  field("sectors_requested", c.sectors_requested);
+  field("sectors_read", c.sectors_read);
+  field("sectors_written", c.sectors_written);
+  field("wavefronts", c.wavefronts);
+  field("fewest_wavefronts", c.fewest_wavefronts);
+  field("largest_access", c.largest_access);
+  out << '}';
+  return out.str();
+}
+
+// The row in three orders of threads: the same bits, the right ones, nothing touched that should not be.
+std::string check(const Row& row, const Spec& spec, simt::trace::Counts* counts) {
+  const Case subject(spec);
+  const Results expected = subject.expected();
+  std::optional<Tensors> first;
+  for (simt::Order order : kOrders) {
+    const std::string in_order = std::string(" (") + kOrderNames[static_cast<int>(order)] + " order)";
+    simt::order = order;
+    Tensors outputs = tensors_of(spec, true);
+    simt::largest = {};
+    if (std::string wrong = subject.launch(row, outputs); !wrong.empty()) return wrong + in_order;
+    const simt::trace::Report report = simt::trace::take_report();
+    if (!report.violations.empty()) return report.violations[0] + in_order;
+    if (!first) *counts = report.counts;
+    for (const auto& [role, tensor] : outputs) {
+      const Buffer& bits = tensor.buffer();
+      if (first && std::memcmp(bits.data(), first->at(role).buffer().data(), bits.bytes()) != 0)
+        return std::string(kRoleNames[role]) + " depends on the order of threads" + in_order;
+      if (std::string wrong = difference(spec, role, tensor.values(), expected.at(role)); !wrong.empty())
+        return wrong + in_order;
+    }
+    if (!first) first.emplace(std::move(outputs));
+  }
+  return "";
+}
+
+bool answer(const std::string& line) {
+  const size_t space = line.find(' ');
+  const Row& row = row_called(line.substr(0, space));
+  const Spec spec = parse(line.substr(space + 1));
+  if (const char* reason = Case(spec).refusal(row)) {
+    std::printf("refused %s: %s\n", row.name, reason);
+    return true;
+  }
+  simt::trace::Counts counts{};
+  std::string wrong;
+  try {
+    wrong = check(row, spec, &counts);
+  } catch (const simt::Violation& violation) {
+    wrong = violation.what();
+  }
+  if (wrong.empty()) {
+    std::printf("ok %s %s\n", row.name, json_of(spec, counts).c_str());
+  } else {
+    std::printf("FAILED %s: %s; %s\n", row.name, wrong.c_str(), line.c_str());
+  }
+  std::fflush(stdout);
+  return wrong.empty();
+}
+
+struct Gpu {
+  const char* name;
+  Machine machine;
+};
+// From the vendor's data sheets: fp32 multiply-adds (as flops), L2 and memory bandwidth, L2 size, multiprocessors.
+constexpr Gpu kGpus[] = {
+    {"T4", {Target::cuda, 75, 8'100, 1'270, 320, 4 << 20, 40}},
+    {"A100", {Target::cuda, 80, 19'500, 5'000, 1'555, 40 << 20, 108}},
+    {"A10", {Target::cuda, 86, 31'200, 1'800, 600, 6 << 20, 72}},
+    {"L4", {Target::cuda, 89, 30'300, 1'500, 300, 48 << 20, 58}},
+    {"H100", {Target::cuda, 90, 66'900, 7'000, 3'350, 50 << 20, 132}},
+    {"B200", {Target::cuda, 100, 75'000, 12'000, 8'000, 126 << 20, 148}},
+    {"RTX 5090", {Target::cuda, 120, 104'800, 6'000, 1'790, 96 << 20, 170}},
+};
+
+// Sizes up to those of tensors that no test could hold: the launch code sees them, memory is never touched.
+Spec random_large(Random& r) {
+  Spec s = generate(Pass::depthwise_fwd, r.below(1 << 20), r.below(1 << 20));
+  static constexpr int64_t kBatches[] = {1, 1, 1, 2, 32, 256, 70'000}, kFactors[] = {1, 1, 2, 4, 8},
+                           kSizes[] = {7, 14, 28, 56, 112, 224, 1'000, 5'000};
+  s.batch = r.of(kBatches);
+  s.channels = r.one_in(3) ? 8 * r.between(1, 160) : s.channels * r.of(kFactors);
+  for (int dim = 1; dim < 3; ++dim) {
+    if (s.in[dim] == 1 || !r.one_in(2)) continue;
+    s.in[dim] = r.of(kSizes);
+    s.out[dim] = std::max<int64_t>(
+        1, output_size(s.in[dim], s.taps[dim], s.stride[dim], s.dilation[dim], s.pad[dim], s.pad[dim]));
+  }
+  for (Layout& layout : s.layout) layout = r.one_in(2) ? Layout::contiguous : Layout::channels_last;
+  s.layout[kOutput] = s.layout[kX];
+  return s;
+}
+
+Views imagined_views(const Spec& s) {
+  alignas(64) static unsigned char memory[64];
+  Views views{};
+  for (int i = 0; i < kRoles; ++i) {
+    const auto role = static_cast<Role>(i);
+    const std::optional<Shape> shape = shape_of(s, role);
+    if (!shape) continue;
+    const Shape stride = strides_of(s.layout[i], *shape, s.wild);
+    views[i].data = memory;
+    std::copy(stride.begin(), stride.end(), views[i].stride);
+  }
+  return views;
+}
+
+// A problem has a row on every GPU, always the same, and the row's launch is one that CUDA takes.
+bool choose_on_all(const Spec& spec) {
+  const DepthwiseProblem problem = depthwise_problem(spec, imagined_views(spec), {});
+  bool good = true;
+  simt::dry = true;
+  for (const Gpu& gpu : kGpus) {
+    const Row* row = choose(Pass::depthwise_fwd, problem, gpu.machine, {});
+    const bool again = row == choose(Pass::depthwise_fwd, problem, gpu.machine, {});
+    simt::largest = {};
+    std::string wrong = !row ? "no row" : again ? "" : "another row the second time";
+    if (row) {
+      const auto& kernel = kernel_of<DepthwiseProblem>(*row);
+      if (kernel.can_run(problem)) wrong = "an illegal row";
+      try {
+        kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
+      } catch (const simt::Violation& violation) {
+        wrong = violation.what();
+      }
+    }
+    good &= wrong.empty();
+    std::printf("%s;%s;%s;%lld;%s\n", wrong.empty() ? "ok" : ("FAILED " + wrong).c_str(), gpu.name,
+                row ? row->name : "-", static_cast<long long>(simt::largest.blocks), line_of(spec).c_str());
+  }
+  return good;
+}
+
+}  // namespace
+}  // namespace dsconv::simt_test
+
+int main(int count, char** words) {
+  using namespace dsconv::simt_test;
+  const std::string option = count > 1 ? words[1] : "";
+  bool good = true;
+  try {
+    if (option == "--plant") return run_plant(words[2]);
+    if (option == "--choose-random") {
+      Random random(std::stoull(words[3]));
+      for (int64_t i = std::stoll(words[2]); i > 0; --i) good &= choose_on_all(random_large(random));
+      return good ? 0 : 1;
+    }
+    if (option == "--gpu") runtime.threads = std::stoi(words[2]);
+    for (std::string line; std::getline(std::cin, line);)
+      good &= option == "--choose" ? choose_on_all(parse(line)) : answer(line);
+    return good ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::printf("FAILED: %s\n", error.what());
+    return 2;
+  }
+}
