@@ -315,17 +315,16 @@ def _separable(
     if _triton_serves("separable", x.device):
         from . import triton_ops
 
-        positions = x.size(0) * math.prod(
-            output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
-        )
-        target, outputs = triton_ops.target_of(x.device), pointwise_weight.size(0)
-        tile = triton_ops.fused_tile(target, x.dtype, positions, outputs, fuse)
+        geometry: Any = (stride, padding, dilation)
+        positions = x.size(0) * math.prod(output_size(x.shape[2:], depthwise_weight.shape[2:], *geometry))
+        target = triton_ops.target_of(x.device)
+        tile = triton_ops.fused_tile(target, x.dtype, positions, pointwise_weight.size(0), fuse)
+        activate: Any = (mid_activation, mid_param, activation, activation_param)
         if isinstance(tile, str):
             _record("separable", x.device, "triton_depthwise + torch.matmul", triton_separable_fused=tile)
-        else:
-            _record("separable", x.device, "triton_separable_fused")
-        settings = (stride, padding, dilation, mid_activation, mid_param, activation, activation_param)
-        return triton_ops.separable(x, *weights, residual, *settings, None if isinstance(tile, str) else tile)
+            return triton_ops.unfused(x, *weights, residual, *geometry, *activate)
+        _record("separable", x.device, "triton_separable_fused")
+        return triton_ops.fused(x, *weights, residual, *geometry, *activate, tile)
     _fall_back("separable", x.device)
     middle = _convolve_and_activate(
         x, depthwise_weight, depthwise_bias, stride, padding, dilation, mid_activation, mid_param

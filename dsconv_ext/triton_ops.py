@@ -79,8 +79,11 @@ def target_of(device: torch.device) -> Target:
     """Describe a device, or the interpreter, which has room for everything."""
     if INTERPRETED:
         return Target("interpreter", True, True, 2**30, 1)
+    if device.type != "cuda":
+        return Target(device.type, False, False, 0, 1)
     properties = torch.cuda.get_device_properties(device)
-    shared, count = properties.shared_memory_per_block_optin, properties.multi_processor_count
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    count = properties.multi_processor_count
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
         return Target(name, name.startswith(("gfx9", "gfx11", "gfx12")), False, shared, count)
@@ -422,7 +425,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def separable(
+def unfused(
     x: Tensor,
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
@@ -436,12 +439,8 @@ def separable(
     mid_param: float,
     activation: str,
     activation_param: float,
-    tile: Tile | None,
 ) -> Tensor:
-    """Compute a separable convolution in one pass with a tile, without one as depthwise kernel and torch.matmul."""
-    geometry, last = (stride, padding, dilation), (activation, activation_param)
-    if tile is not None:
-        weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-        return fused(x, *weights, residual, *geometry, mid_activation, mid_param, *last, tile)
-    middle = depthwise(x, depthwise_weight, depthwise_bias, *geometry, mid_activation, mid_param)
-    return like_output(pointwise(middle, pointwise_weight, pointwise_bias, residual, *last), x)
+    """Compute a separable convolution by the depthwise kernel and torch.matmul."""
+    middle = depthwise(x, depthwise_weight, depthwise_bias, stride, padding, dilation, mid_activation, mid_param)
+    y = pointwise(middle, pointwise_weight, pointwise_bias, residual, activation, activation_param)
+    return like_output(y, x)
