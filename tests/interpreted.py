@@ -1,4 +1,4 @@
-"""Imported first by programs that run under TRITON_INTERPRET=1: what makes triton's interpreter fast enough for tests."""
+"""Imported first by programs under TRITON_INTERPRET=1: makes the interpreter fast enough for tests."""
 
 from __future__ import annotations
 
