@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """The path of the compiled library; a test that needs it fails without it, unless PyTorch or Triton were asked for."""
+    """The path of the compiled library; a test that needs it fails without it, if it was to be used."""
     if _loader.forced == "torch":
         pytest.skip("DSCONV_BACKEND=torch: the compiled library is not used")
     assert _loader.error is None or _loader.forced == "triton", f"the compiled library is needed here: {_loader.error}"

@@ -12,11 +12,11 @@ from tolerance import DTYPES
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
-from dsconv_ext import triton_ops  # noqa: E402
+from dsconv_ext import triton_ops
 
 pytestmark = pytest.mark.skipif(triton_ops.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
