@@ -420,7 +420,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply matrices, or batches of them, and keep the sums in `dtype`."""
     if a.dtype is dtype:
         return a @ b
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and not torch.version.hip:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 

@@ -196,10 +196,11 @@ for guarded in (True, False):
 
 
 def test_special_values_and_kinks_are_those_of_the_library(python):
-    """NaN, infinities, kinks, and padding beside an infinite tap: the tests of the library itself."""
+    """NaN, infinities, kinks, padding beside an infinite tap: the library's own tests, by the fused kernel."""
     python(
         """
-import interpreted, pytest
+import interpreted, pytest, torch
+torch.set_float32_matmul_precision("high")
 tests = ("special_points", "special_input", "meets_no_padding", "nan_in_the_middle")
 raise SystemExit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_activations.py", "-k",
     "(" + " or ".join(tests) + ") and fp32 or hardsigmoid_between"]))
