@@ -11,6 +11,12 @@ from ._version import TORCH_MINIMUM
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
+# What DSCONV_BACKEND may name: the only backend that computes. Without it: the compiled library, Triton, PyTorch.
+BACKENDS = ("cuda", "triton", "torch", "cpu")
+forced: str | None = os.environ.get("DSCONV_BACKEND") or None
+if forced not in (None, *BACKENDS):
+    raise ValueError(f"DSCONV_BACKEND: got {forced!r}, expected one of {', '.join(BACKENDS)}")
+
 error: str | None = "the compiled library has not been asked for"
 
 
@@ -28,8 +34,8 @@ def load() -> None:
 
 def _obstacle() -> str | None:
     """What forbids an attempt to load the library."""
-    if os.environ.get("DSCONV_BACKEND") == "torch":
-        return "DSCONV_BACKEND=torch asks for the PyTorch composition"
+    if forced in ("triton", "torch"):
+        return f"DSCONV_BACKEND={forced} leaves the library alone"
     if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_MINIMUM:
         return f"dsconv_ext was built for torch >= {'.'.join(map(str, TORCH_MINIMUM))}, you have {torch.__version__}"
     if not LIBRARY.exists():

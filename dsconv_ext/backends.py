@@ -1,15 +1,18 @@
-"""What computes a call: the compiled library, or the composition of PyTorch's own operators, and why.
+"""What computes a call: the compiled library, Triton, or the composition of PyTorch's own operators, and why.
 
-The composition is registered below every compiled kernel (CompositeExplicitAutograd), so that the dispatcher itself
-falls back for a device without kernels. It warns once per operator and device type.
+What is here is registered below every compiled kernel (CompositeExplicitAutograd), so that the dispatcher itself falls
+back for a device without kernels. Triton comes first; the composition warns once per operator and device type.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from .checks import check_backward, check_depthwise, check_fuse, check_separable
 from .geometry import like_output, output_size
 
 _warned: set[tuple[str, str]] = set()
-_record: list[Call] | None = None
+_record_of_calls: list[Call] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     >>> len(explanation.chosen)
     1
     """
-    global _record
+    global _record_of_calls
     recorded: list[Call] = []
-    _record = recorded
+    _record_of_calls = recorded
     torch.ops.dsconv.explain_begin()
     try:
         fn(*args, **kwargs)
     finally:
-        _record = None
+        _record_of_calls = None
         rows = json.loads(torch.ops.dsconv.explain_end())
     compiled = [
         Call(row["op"], row["pass"], row["problem"], row["chosen"], tuple(Candidate(**c) for c in row["candidates"]))
@@ -115,21 +118,66 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(c.chosen for c in calls), tuple(c.candidates for c in calls), calls)
 
 
-def record(op: str, device: torch.device, reason: str) -> None:
-    """Keep what the composition is about to do if an explanation is being recorded, and warn the first time."""
-    if _record is not None:
-        direction = "bwd" if op.endswith("_backward") else "fwd"
-        candidates = (Candidate("composition"), Candidate("compiled kernels", reason=reason))
-        _record.append(Call(op, direction, f"on {device}", "composition", candidates))
-    if (op, device.type) not in _warned:
-        _warned.add((op, device.type))
-        warnings.warn(
-            f"dsconv::{op} on {device.type} runs as a composition of PyTorch operators: {reason}", stacklevel=3
-        )
+@functools.cache
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device; the package is imported when it is first needed."""
+    if _loader.forced not in (None, "triton"):
+        return f"DSCONV_BACKEND={_loader.forced} leaves it out"
+    if device.type not in ("cuda", "xpu") and _loader.forced is None:
+        return f"Triton has no target for {device.type}"
+    try:
+        from . import triton_ops
+    except ImportError as error:
+        return f"the triton package cannot be imported: {error}"
+    return triton_ops.obstacle(device)
+
+
+def _triton_serves(op: str, device: torch.device) -> bool:
+    """Whether Triton computes a call; if nothing that is allowed to does, an error."""
+    reason = _triton_obstacle(device)
+    allowed = _loader.forced
+    if allowed == "triton" and reason is not None:
+        raise RuntimeError(f"dsconv::{op}: DSCONV_BACKEND=triton, but {reason}")
+    if allowed in ("cuda", "cpu"):
+        raise RuntimeError(f"dsconv::{op}: DSCONV_BACKEND={allowed}, but {_compiled_obstacle(device)}")
+    return reason is None
+
+
+def _compiled_obstacle(device: torch.device) -> str:
+    return _loader.error or f"the library has no {device.type} kernel for it"
+
+
+def _record(op: str, device: torch.device, chosen: str, **reasons: str | None) -> None:
+    """Keep what is about to run, and why not what comes before it, if an explanation is being recorded."""
+    if _record_of_calls is None:
+        return
+    passed_over = {"compiled_kernels": _compiled_obstacle(device), **reasons}
+    candidates = [Candidate(name, reason=reason) for name, reason in passed_over.items() if reason]
+    direction = "bwd" if op.endswith("_backward") else "fwd"
+    _record_of_calls.append(Call(op, direction, f"on {device}", chosen, (Candidate(chosen), *candidates)))
 
 
 def _fall_back(op: str, device: torch.device) -> None:
-    record(op, device, _loader.error or f"the library has no {device.type} kernel for it")
+    """Record that the composition runs, and warn the first time."""
+    _record(op, device, "composition", triton=_triton_obstacle(device))
+    if (op, device.type) not in _warned:
+        _warned.add((op, device.type))
+        reasons = dict.fromkeys((_compiled_obstacle(device), _triton_obstacle(device)))
+        warnings.warn(
+            f"dsconv::{op} on {device.type} runs as a composition of PyTorch operators: {'; '.join(map(str, reasons))}",
+            stacklevel=3,
+        )
+
+
+def _stage(op: str, device: torch.device) -> Any:
+    """What computes the depthwise convolutions of a call, with `depthwise` and `gradients`: Triton or PyTorch."""
+    if not _triton_serves(op, device):
+        _fall_back(op, device)
+        return _TORCH
+    from . import triton_ops
+
+    _record(op, device, f"triton_{op}")
+    return triton_ops
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -158,6 +206,20 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, paddi
     return torch.convolution(padded, weight, bias, stride, common, dilation, False, [0] * len(common), x.size(1))
 
 
+def _convolve_and_activate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    activation: str,
+    activation_param: float,
+) -> Tensor:
+    y = _convolve(x, weight, bias, stride, padding, dilation)
+    return like_output(activations.forward(y, activation, activation_param), x)
+
+
 def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, need: list[bool]
 ) -> list[Tensor | None]:
@@ -176,6 +238,9 @@ def _convolve_backward(
     return [grad_x, None if grad_weight is None else _like_weight(grad_weight, weight), grad_bias]
 
 
+_TORCH = SimpleNamespace(depthwise=_convolve_and_activate, gradients=_convolve_backward)
+
+
 def _depthwise(
     x: Tensor,
     weight: Tensor,
@@ -189,9 +254,8 @@ def _depthwise(
 ) -> Tensor:
     check_depthwise("dsconv::depthwise", x.dim() - 2, x, weight, bias, stride, padding, dilation)
     activations.parse(activation, "dsconv::depthwise: activation")
-    _fall_back("depthwise", x.device)
-    y = _convolve(x, weight, bias, stride, padding, dilation)
-    return like_output(activations.forward(y, activation, activation_param), x)
+    stage = _stage("depthwise", x.device)
+    return stage.depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param)
 
 
 def _depthwise_backward(
@@ -214,16 +278,16 @@ def _depthwise_backward(
     activations.parse(activation, f"{name}: activation")
     shape = [x.size(0), weight.size(0), *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
     check_backward(name, x, shape, grad, output, activation, activation_param)
-    _fall_back("depthwise_backward", x.device)
+    stage = _stage("depthwise_backward", x.device)
     grad = activations.backward(
         grad,
         output,
-        lambda: _convolve(x, weight, bias, stride, padding, dilation),
+        lambda: stage.depthwise(x, weight, bias, stride, padding, dilation, "none", 0.0),
         activation,
         activation_param,
     )
     need = [need_x, need_weight, need_bias and bias is not None]
-    return tuple(_convolve_backward(grad, x, weight, stride, padding, dilation, need))
+    return tuple(stage.gradients(grad, x, weight, stride, padding, dilation, need))
 
 
 def _separable(
@@ -248,9 +312,23 @@ def _separable(
     activations.parse(mid_activation, "dsconv::separable: mid_activation")
     activations.parse(activation, "dsconv::separable: activation")
     check_fuse("dsconv::separable: fuse", fuse)
+    if _triton_serves("separable", x.device):
+        from . import triton_ops
+
+        geometry: Any = (stride, padding, dilation)
+        positions = x.size(0) * math.prod(output_size(x.shape[2:], depthwise_weight.shape[2:], *geometry))
+        target = triton_ops.target_of(x.device)
+        tile = triton_ops.fused_tile(target, x.dtype, positions, pointwise_weight.size(0), fuse)
+        activate: Any = (mid_activation, mid_param, activation, activation_param)
+        if isinstance(tile, str):
+            _record("separable", x.device, "triton_depthwise + torch.matmul", triton_separable_fused=tile)
+            return triton_ops.unfused(x, *weights, residual, *geometry, *activate)
+        _record("separable", x.device, "triton_separable_fused")
+        return triton_ops.fused(x, *weights, residual, *geometry, *activate, tile)
     _fall_back("separable", x.device)
-    middle = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
-    middle = activations.forward(middle, mid_activation, mid_param)
+    middle = _convolve_and_activate(
+        x, depthwise_weight, depthwise_bias, stride, padding, dilation, mid_activation, mid_param
+    )
     y = pointwise(middle, pointwise_weight, pointwise_bias, residual)
     return like_output(activations.forward(y, activation, activation_param), x)
 
@@ -286,8 +364,8 @@ def _separable_backward(
     spatial = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
     shape = [x.size(0), pointwise_weight.size(0), *spatial]
     check_backward(name, x, shape, grad, output, activation, activation_param)
-    _fall_back("separable_backward", x.device)
-    middle_pre = _convolve(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    stage = _stage("separable_backward", x.device)
+    middle_pre = stage.depthwise(x, depthwise_weight, depthwise_bias, stride, padding, dilation, "none", 0.0)
     middle = activations.forward(middle_pre, mid_activation, mid_param)
     grad = activations.backward(
         grad,
@@ -311,7 +389,7 @@ def _separable_backward(
     if grad_middle is not None:
         grad_middle = activations.backward_between(grad_middle, middle, middle_pre, mid_activation, mid_param)
         need = [need_x, need_depthwise_weight, need_depthwise_bias and depthwise_bias is not None]
-        grad_depthwise = _convolve_backward(grad_middle, x, depthwise_weight, stride, padding, dilation, need)
+        grad_depthwise = stage.gradients(grad_middle, x, depthwise_weight, stride, padding, dilation, need)
     grad_x, grad_depthwise_weight, grad_depthwise_bias = grad_depthwise
     return (
         grad_x,
@@ -328,17 +406,30 @@ def _pack(depthwise_weight: Tensor, pointwise_weight: Tensor | None) -> Tensor:
     return depthwise_weight.new_empty(0, dtype=torch.uint8)
 
 
+def _refusal(op: str) -> Callable[..., Any]:
+    def refuse(x: Tensor, *_: Any) -> Any:
+        raise RuntimeError(
+            f"dsconv::{op}: x: got a tensor on {x.device}, expected {_loader.forced} as DSCONV_BACKEND asks for"
+        )
+
+    return refuse
+
+
 def register(library: torch.library.Library) -> None:
-    """Register the composition below every compiled kernel; without the library, also what it would say of itself."""
-    for name, kernel in {
+    """Register what is below every compiled kernel; without the library, also what it would say of itself."""
+    computing = {
         "depthwise": _depthwise,
-        "depthwise_torch": _depthwise,
         "depthwise_backward": _depthwise_backward,
         "separable": _separable,
         "separable_backward": _separable_backward,
-        "pack": _pack,
-    }.items():
+    }
+    for name, kernel in {**computing, "depthwise_torch": _depthwise, "pack": _pack}.items():
         library.impl(name, kernel, "CompositeExplicitAutograd")
+    if _loader.forced in ("cuda", "cpu"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that a kernel is overridden
+            for name in computing:
+                library.impl(name, _refusal(name), {"cuda": "CPU", "cpu": "CUDA"}[_loader.forced])
     if _loader.error is not None:
         information = {"version": __version__, "cuda_compiled": False, "cuda_archs": [], "error": _loader.error}
         for name, answer in {

@@ -167,10 +167,30 @@ def test_the_library_serves_the_cpu(library):
             evaluate(subject, case, case.inputs(integer=False), torch.ones_like)
 
 
-def test_a_wrong_value_of_the_switch_is_an_error_or_ignored(python):
-    """Only ``torch`` asks for the composition; the empty string is as if unset."""
-    program = "import dsconv_ext; from dsconv_ext import _loader; print(_loader.error)"
-    assert python(program, DSCONV_BACKEND="") == python(program)
+def test_a_wrong_value_of_the_switch_is_an_error(python):
+    """The empty string is as if unset."""
+    with pytest.raises(AssertionError, match="DSCONV_BACKEND: got 'gpu', expected one of cuda, triton, torch, cpu"):
+        python("import dsconv_ext", DSCONV_BACKEND="gpu")
+    assert python("import dsconv_ext; from dsconv_ext import _loader; print(_loader.forced)") == "None\n"
+
+
+def test_compiled_kernels_can_be_forced(python, library):
+    """Those of one device: tensors elsewhere, and what has no kernel, are errors; nothing warns of the registration."""
+    program = """
+import warnings; warnings.simplefilter("error")
+import torch, dsconv_ext
+x, weight = torch.ones(1, 2, 3, 3, requires_grad=True), torch.ones(2, 1, 3, 3)
+try:
+    y = dsconv_ext.functional.depthwise_conv2d(x, weight)
+    y.backward(torch.ones_like(y))
+    print(y.sum().item(), x.grad.sum().item())
+except RuntimeError as error:
+    print(error)
+"""
+    assert python(program, DSCONV_BACKEND="cpu") == "18.0 18.0\n"
+    assert python(program, DSCONV_BACKEND="cuda") == (
+        "dsconv::depthwise: x: got a tensor on cpu, expected cuda as DSCONV_BACKEND asks for\n"
+    )
 
 
 def test_operators_have_one_set_of_schemas(python):
