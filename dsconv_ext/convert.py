@@ -1,0 +1,438 @@
+"""Convert an existing model: its depthwise convolutions, and what follows them, run on the operators of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import layers
+from .chains import Chain, DepthwiseForward
+from .checks import check_fuse
+from .nn import _has_hooks
+from .tracing import Finder, Frame, Link, Tracer, Untraceable
+
+
+def convert(
+    model: nn.Module, *, inplace: bool = False, fold_batchnorm: bool | None = None, fuse: str = "auto"
+) -> nn.Module:
+    """Run the depthwise convolutions of a model, and what follows them, on the operators of this package.
+
+    Every depthwise convolution is replaced. Where a 1x1 convolution follows, with nothing but BatchNorm, activation and
+    dropout between, one operator computes both, including the BatchNorm, residual and activation after it. The model
+    keeps its class, methods, modules, parameters and state_dict: only forwards change, those of the modules that
+    contain such a chain and those of the depthwise convolutions.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. What torch.fx cannot trace is left to its own code, but for the depthwise convolutions inside.
+    inplace : bool
+        Convert `model` itself instead of a deep copy.
+    fold_batchnorm : bool, optional
+        Whether BatchNorms become part of the weights while they are in eval mode. None: as their mode says at the time
+        of each call. True: the same, and an error if one is in training mode now. False: never; then a BatchNorm
+        between two convolutions keeps them apart.
+    fuse : {"auto", "always", "never"}
+        Whether one pass computes a pair, as in `dsconv_ext.functional.separable_conv2d`.
+
+    Returns
+    -------
+    nn.Module
+        With the attribute ``dsconv_report``, a `Report`. `revert` makes it the original again.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is something else, or for ``fold_batchnorm=True`` in training mode.
+
+    Notes
+    -----
+    In training mode BatchNorm needs the whole depthwise map: such a chain runs module by module, and so does one with a
+    hook, a parametrization or a module that was exchanged. That is decided in each call. With gradients, folding is
+    part of the graph: convolutions and BatchNorms get theirs. Without, the folded weights are kept until a parameter or
+    buffer is written to, replaced or moved, an optimizer steps or ``model.train()`` or ``model.eval()`` is called;
+    after a write through ``.data`` call ``model.eval()``.
+
+    Examples
+    --------
+    >>> import torch, dsconv_ext
+    >>> from torch import nn
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1)
+    ... ).eval()
+    >>> fast = dsconv_ext.convert(model)
+    >>> print(fast.dsconv_report)
+    0  depthwise 3x3  fused  with 3; BatchNorm folded
+    3  pointwise 1x1  fused  with 0
+    >>> x = torch.randn(1, 8, 10, 10)
+    >>> torch.allclose(fast(x), model(x), atol=1e-5), fast.state_dict().keys() == model.state_dict().keys()
+    (True, True)
+    """
+    _check(model, inplace=inplace, fold_batchnorm=fold_batchnorm, fuse=fuse)
+    model = revert(model if inplace else copy.deepcopy(model))
+    paths = {module: path for path, module in model.named_modules()}
+    analysis = _Analysis(paths, fold_batchnorm is not False, fuse)
+    analysis.search(model)
+    plans = [analysis.plan(owner, inlined) for owner, inlined in analysis.owners.items()]
+    for plan in plans:
+        plan.install()
+    for module in paths:
+        if layers.rank(type(module)) is not None and layers.is_depthwise(module) and "forward" not in module.__dict__:
+            _install(module, DepthwiseForward(module))
+    model.dsconv_report = Report(model, fold_batchnorm is not False, analysis.reasons)  # type: ignore[assignment]
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give the modules of a converted model, in place, their own forwards back.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A converted model, a part of one, or any other model, which stays as it is.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch, dsconv_ext
+    >>> model = torch.nn.Conv2d(8, 8, 3, groups=8)
+    >>> x = torch.randn(1, 8, 10, 10)
+    >>> torch.equal(dsconv_ext.revert(dsconv_ext.convert(model))(x), model(x))
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model: got {type(model).__name__}, expected an nn.Module")
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), (_Plan, DepthwiseForward)):
+            del module.forward, module.train
+        if isinstance(module.__dict__.get("dsconv_report"), Report):
+            del module.dsconv_report
+    return model
+
+
+def _check(model: Any, *, inplace: Any, fold_batchnorm: Any, fuse: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model: got {type(model).__name__}, expected an nn.Module")
+    if isinstance(model, (torch.jit.ScriptModule, fx.GraphModule)) and not hasattr(model, "_modules"):
+        raise TypeError(f"convert: model: got {type(model).__name__}, expected a model in Python")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"convert: inplace: got {inplace!r}, expected True or False")
+    if fold_batchnorm is not None and not isinstance(fold_batchnorm, bool):
+        raise TypeError(f"convert: fold_batchnorm: got {fold_batchnorm!r}, expected True, False or None")
+    check_fuse("convert: fuse", fuse)
+    if fold_batchnorm:
+        for path, module in model.named_modules():
+            if layers.is_batch_norm(module) and layers.uses_batch_statistics(module):
+                raise ValueError(
+                    f"convert: fold_batchnorm: got True while the BatchNorm {path!r} uses the statistics of the batch, "
+                    "expected a model in eval mode"
+                )
+
+
+class _Analysis:
+    """Finds out which modules contain chains: their owners, the innermost modules with all of a chain inside."""
+
+    def __init__(self, paths: dict[nn.Module, str], fold: bool, fuse: str) -> None:
+        self.paths, self.fold, self.fuse = paths, fold, fuse
+        self.owners: dict[nn.Module, set[nn.Module]] = {}  # and the modules inside them that a chain reaches into
+        self.reasons: dict[str, str] = {}  # path of a depthwise convolution -> why it is in no pair
+
+    def search(self, module: nn.Module) -> None:
+        """Search the calls inside `module`, and inside whatever torch.fx cannot look into separately."""
+        tracer = Tracer()
+        try:
+            graph = tracer.trace_module(module)
+        except Untraceable:
+            opaque = [module]
+        else:
+            finder = Finder(graph, module, self.paths, self.fold, self.fuse)
+            for link in finder.find():
+                self._add(link)
+            self._explain(finder)
+            opaque = [m for m in tracer.failures if m in finder.modules.values()]
+        for failed in opaque:
+            for child in failed.children():
+                if any(True for _ in child.children()):
+                    self.search(child)
+                elif layers.is_depthwise(child):
+                    why = tracer.failures.get(failed, "")
+                    self.reasons[self.paths[child]] = f"{type(failed).__name__} cannot be traced: {why}"
+
+    def _add(self, link: Link) -> None:
+        common = link.frames()
+        inlined = self.owners.setdefault(common[-1].module, set())
+        for node in link.nodes:
+            frames: tuple[Frame, ...] = node.meta["frames"]
+            inlined.update(frame.module for frame in frames[len(common) :])
+
+    def _explain(self, finder: Finder) -> None:
+        self.reasons.update({self.paths[conv]: reason for conv, reason in finder.reasons.items()})
+
+    def plan(self, owner: nn.Module, inlined: set[nn.Module]) -> _Plan:
+        """Trace `owner` in both modes and put its chains together."""
+        plan = _Plan(owner)
+        containers = [owner, *(m for m in self.paths if m in inlined)]
+        for training in (owner.training, not owner.training):
+            with _mode(containers, training):
+                try:
+                    graph = Tracer(inlined).trace_module(owner)
+                except Untraceable:
+                    continue
+                finder = Finder(graph, owner, self.paths, self.fold, self.fuse)
+                links = finder.find()
+                self._explain(finder)
+                if links:
+                    plan.add(graph, links, containers)
+        return plan
+
+
+@contextlib.contextmanager
+def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    """Set the training flag of these modules, but not of those inside them."""
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
+
+
+class _Train:
+    """`nn.Module.train` of a module whose forward keeps folded weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.module.forward.forget()
+        return type(self.module).train(self.module, mode)
+
+
+def _install(module: nn.Module, forward: Any) -> None:
+    module.forward, module.train = forward, _Train(module)  # type: ignore[method-assign, assignment]
+
+
+class _Plan:
+    """The forward of an owner: its own code with chains in the place of modules, where the code would still be that.
+
+    The graph was made for one or more tensors as arguments, and for what the attributes of the owner, and of the modules
+    a chain reaches into, were at that time. Where anything else is met the code itself runs.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.variants: list[_Variant] = []
+
+    def add(self, graph: fx.Graph, links: list[Link], containers: list[nn.Module]) -> None:
+        chains = {chain.key: name for name, chain in self.chains().items()}
+        used = []
+        for link in links:
+            name = chains.get(link.chain.key)
+            if name is None:
+                name = f"chain{len(chains)}"
+                chains[link.chain.key] = name
+                setattr(self, name, link.chain)
+            used.append(name)
+            link.substitute(graph, f"forward.{name}")
+        self.variants.append(_Variant(graph, containers, used))
+
+    def install(self) -> None:
+        if self.variants:
+            _install(self.owner, self)
+            for variant in self.variants:
+                variant.remember()
+
+    def chains(self) -> dict[str, Chain]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Chain)}
+
+    def forget(self) -> None:
+        for chain in self.chains().values():
+            chain.weights.forget()
+
+    def variant(self) -> _Variant | None:
+        """The graph that is true at this moment."""
+        if not _has_any_global_hook():
+            for variant in self.variants:
+                if variant.is_true():
+                    return variant
+        return None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        variant = self.variant()
+        if variant is None or kwargs or not variant.takes(args):
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return variant.function(self.owner, *args)
+
+
+_SETTINGS = (bool, int, float, str, type(None), tuple)
+
+
+class _Variant:
+    """A graph as a function, and what the modules looked like for which it is true."""
+
+    def __init__(self, graph: fx.Graph, containers: list[nn.Module], chains: list[str]) -> None:
+        code = graph.python_code("self")
+        self.source, self.globals = code.src, code.globals
+        self.arguments = sum(node.op == "placeholder" for node in graph.nodes)
+        self.chains = chains
+        self.containers = containers
+        self.training = containers[0].training
+        self.function = self._compile()
+
+    def _compile(self) -> Any:
+        namespace = dict(self.globals)
+        exec(compile(self.source, "<dsconv_ext.convert>", "exec"), namespace)
+        return namespace["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "function"}
+        used = {name: self.globals[name] for name in self.function.__code__.co_names if name in self.globals}
+        modules = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
+        return {**state, "globals": {name: v for name, v in used.items() if name not in modules}, "modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {name: importlib.import_module(module) for name, module in state.pop("modules").items()}
+        self.__dict__.update(state)
+        self.globals = {**self.globals, **modules}
+        self.function = self._compile()
+
+    def remember(self) -> None:
+        """Note what the graph depends on, once all forwards are installed."""
+        self.children = [dict(m._modules) for m in self.containers]
+        self.settings = [
+            {**{k: v for k, v in m.__dict__.items() if isinstance(v, _SETTINGS)}, "training": self.training}
+            for m in self.containers
+        ]
+        self.forwards = [m.__dict__.get("forward") for m in self.containers]
+
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        return len(args) == self.arguments and all(isinstance(arg, Tensor) for arg in args)
+
+    def is_true(self) -> bool:
+        for i, module in enumerate(self.containers):
+            attributes = module.__dict__
+            if attributes["training"] != self.training or attributes["_modules"] != self.children[i]:
+                return False
+            if i > 0 and (attributes.get("forward") is not self.forwards[i] or _has_hooks(module)):
+                return False
+            for name, value in self.settings[i].items():
+                if attributes.get(name, self) != value:
+                    return False
+        return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A convolution of a converted model.
+
+    Attributes
+    ----------
+    path : str
+        Its name in the model.
+    kind : str
+        Such as "depthwise 3x3 stride 2".
+    status : str
+        "fused": one operator computes it together with its partner; "replaced": an operator computes it; "left".
+    reason : str
+        What else is part of the operator, or why it is not fused or not replaced.
+    """
+
+    path: str
+    kind: str
+    status: str
+    reason: str
+
+
+class Report(Sequence[Row]):
+    """What became of each convolution of a converted model, as it is now: modes and hooks count when it is read.
+
+    Examples
+    --------
+    >>> import dsconv_ext
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1))
+    >>> report = dsconv_ext.convert(model).dsconv_report
+    >>> report.counts()
+    {'fused': 0, 'replaced': 1, 'left': 1}
+    >>> report[0].reason
+    '0: its BatchNorm uses the statistics of the batch (training mode)'
+    """
+
+    def __init__(self, model: nn.Module, fold: bool, reasons: dict[str, str]) -> None:
+        self.model, self.fold, self.reasons = model, fold, reasons
+
+    def __len__(self) -> int:
+        return len(self.rows())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows()[index]
+
+    def __str__(self) -> str:
+        table = [(row.path or "(model)", row.kind, row.status, row.reason) for row in self.rows()]
+        widths = [max((len(line[i]) for line in table), default=0) for i in range(4)]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+        return "\n".join(lines)
+
+    def counts(self) -> dict[str, int]:
+        """How many convolutions have each status."""
+        found = [row.status for row in self.rows()]
+        return {status: found.count(status) for status in ("fused", "replaced", "left")}
+
+    def rows(self) -> list[Row]:
+        chains: dict[nn.Module, Chain] = {}
+        stale: dict[nn.Module, str] = {}
+        for path, module in self.model.named_modules():
+            plan = module.__dict__.get("forward")
+            if isinstance(plan, _Plan):
+                variant = plan.variant()
+                for name, chain in plan.chains().items():
+                    for stage in chain.stages:
+                        if variant is not None and name in variant.chains:
+                            chains[stage.conv] = chain
+                        else:
+                            stale[stage.conv] = f"{path or 'the model'} has other attributes, hooks or children now"
+        return [
+            Row(path, layers.describe(module), *self._fate(path, module, chains.get(module), stale.get(module)))
+            for path, module in self.model.named_modules()
+            if isinstance(module, _ConvNd)
+        ]
+
+    def _fate(self, path: str, conv: Any, chain: Chain | None, stale: str | None) -> tuple[str, str]:
+        replaced = isinstance(conv.__dict__.get("forward"), DepthwiseForward)
+        status = "replaced" if replaced else "left"
+        obstacle = None if chain is None else chain.obstacle()
+        if chain is not None and obstacle is None:
+            folded = ["BatchNorm folded"] if any(s.conv is conv and s.norm is not None for s in chain.stages) else []
+            if len(chain.stages) == 2:
+                partner = chain.paths[chain.stages[0].conv is conv]
+                residual = ["residual added"] if None in chain.steps and chain.stages[1].conv is conv else []
+                return "fused", "; ".join([f"with {partner}", *folded, *residual])
+            why = self.reasons.get(path) if replaced else f"not depthwise: {layers.describe(conv).split()[0]}"
+            return status, "; ".join([*filter(None, [why]), *folded])
+        if replaced:
+            return status, obstacle or stale or self.reasons.get(path, "")
+        if not layers.is_depthwise(conv):
+            reason = f"not depthwise: {layers.describe(conv).split()[0]}"
+            return status, reason if obstacle is None and stale is None else f"{reason}; {obstacle or stale}"
+        return status, f"{type(conv).__name__} has a forward of its own"
