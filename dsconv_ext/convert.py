@@ -185,7 +185,8 @@ class _Analysis:
             inlined.update(frame.module for frame in frames[len(common) :])
 
     def _explain(self, finder: Finder) -> None:
-        self.reasons.update({self.paths[conv]: reason for conv, reason in finder.reasons.items()})
+        for conv, reason in finder.reasons.items():
+            self.reasons.setdefault(self.paths[conv], reason)  # the widest view comes first
 
     def plan(self, owner: nn.Module, inlined: set[nn.Module]) -> _Plan:
         """Trace `owner` in both modes and put its chains together."""
@@ -428,11 +429,16 @@ class Report(Sequence[Row]):
                 partner = chain.paths[chain.stages[0].conv is conv]
                 residual = ["residual added"] if None in chain.steps and chain.stages[1].conv is conv else []
                 return "fused", "; ".join([f"with {partner}", *folded, *residual])
-            why = self.reasons.get(path) if replaced else f"not depthwise: {layers.describe(conv).split()[0]}"
-            return status, "; ".join([*filter(None, [why]), *folded])
+            return status, "; ".join([*filter(None, [self._why_alone(path, conv)]), *folded])
         if replaced:
-            return status, obstacle or stale or self.reasons.get(path, "")
+            return status, obstacle or stale or self._why_alone(path, conv)
+        return status, "; ".join(filter(None, [self._why_alone(path, conv), obstacle or stale]))
+
+    def _why_alone(self, path: str, conv: Any) -> str:
+        if layers.is_pointwise(conv):
+            return "no depthwise convolution directly before it"
         if not layers.is_depthwise(conv):
-            reason = f"not depthwise: {layers.describe(conv).split()[0]}"
-            return status, reason if obstacle is None and stale is None else f"{reason}; {obstacle or stale}"
-        return status, f"{type(conv).__name__} has a forward of its own"
+            return "not depthwise"
+        if layers.rank(type(conv)) is None:
+            return f"{type(conv).__name__} has a forward of its own"
+        return self.reasons.get(path, "")

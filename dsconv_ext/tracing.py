@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -22,11 +23,18 @@ class Untraceable(Exception):
     """A forward that a graph would not tell the truth about."""
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy that isinstance takes for a Tensor, so that code which asks takes the branch it takes for tensors."""
+# What a proxy answers differently from a tensor, and what differs from call to call without a trace in a graph.
+_QUESTIONS = {"isinstance", "type", "hasattr", "is_grad_enabled", "is_autocast_enabled", "requires_grad", "is_tracing"}
 
-    __class__ = Tensor  # type: ignore[assignment]
-    _is_param = False
+
+@functools.cache
+def _question(cls: type, method: str = "forward") -> str | None:
+    """A question that the code of a method, or of one it calls, asks about its values or the state of torch."""
+    code = getattr(inspect.unwrap(getattr(cls, method)), "__code__", None)
+    names = () if code is None else code.co_names
+    own = (n for n in names if n != method and not hasattr(nn.Module, n) and inspect.isfunction(getattr(cls, n, None)))
+    found = [n for n in names if n in _QUESTIONS] + [q for n in own if (q := _question(cls, n)) is not None]
+    return found[0] if found else None
 
 
 class Frame:
@@ -59,8 +67,7 @@ class Tracer(fx.Tracer):
         self.frames = [Frame(module)]
         try:
             with torch.enable_grad(), _autocast_refused(), _intact(module):
-                if "forward" in module.__dict__:
-                    raise Untraceable("the instance has a forward of its own")
+                _check(module)
                 return self.trace(module)
         except Exception as error:  # whatever the code of a model raises when it meets a proxy
             self.failures[module] = _first_line(error)
@@ -78,9 +85,6 @@ class Tracer(fx.Tracer):
                 names.append(parameter.name)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self)
-
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             raise Untraceable("its forward changes the grad mode")
@@ -89,8 +93,6 @@ class Tracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _TensorProxy:
-            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
             if not known:  # it would become an attribute of the model
@@ -116,6 +118,7 @@ class Tracer(fx.Tracer):
         self.frames.append(Frame(m))
         try:
             with _intact(m):
+                _check(m)
                 return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self.failures.setdefault(m, _first_line(error))
@@ -127,6 +130,13 @@ class Tracer(fx.Tracer):
         finally:
             self.frames.pop()
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+def _check(module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise Untraceable("the instance has a forward of its own")
+    if (question := _question(type(module))) is not None:
+        raise Untraceable(f"its forward asks {question}")
 
 
 @contextlib.contextmanager
@@ -188,10 +198,10 @@ def _same(a: Any, b: Any) -> bool:
 class Link:
     """A `Chain` and the nodes of a graph it stands for."""
 
-    def __init__(self, chain: Chain, nodes: list[fx.Node], x: fx.Node, residual: fx.Node | None) -> None:
+    def __init__(self, chain: Chain, nodes: list[fx.Node], addition: tuple[fx.Node, int] | None) -> None:
         self.chain = chain
         self.nodes = nodes
-        self.arguments = (x,) if residual is None else (x, residual)
+        self.addition = addition  # the node, and which of its arguments is the residual
 
     def frames(self) -> tuple[Frame, ...]:
         """The calls that contain all of it."""
@@ -200,8 +210,12 @@ class Link:
     def substitute(self, graph: fx.Graph, target: str) -> None:
         """Call the submodule-like `target` in place of the nodes."""
         last = self.nodes[-1]
+        arguments = [self.nodes[0].args[0]]
+        if self.addition is not None:
+            node, index = self.addition
+            arguments.append(node.args[index])
         with graph.inserting_after(last):
-            node = graph.create_node("call_module", target, self.arguments)
+            node = graph.create_node("call_module", target, tuple(arguments))
         last.replace_all_uses_with(node)
         for old in reversed(self.nodes):
             graph.erase_node(old)
@@ -241,7 +255,6 @@ class Finder:
         conv = self.modules[start]
         walk = _Walk(self, start)
         stages = [walk.stage()]
-        residual = None
         if layers.is_depthwise(conv):
             following = walk.peek()
             if following is None:
@@ -249,7 +262,6 @@ class Finder:
             elif layers.rank(type(conv)) != 3 and layers.is_pointwise(self.modules.get(following)):
                 walk.take(following)
                 stages.append(walk.stage(with_addition=True))
-                residual = walk.residual
             else:
                 self.reasons[conv] = f"{self._describe(following, start)} follows"
         if len(stages) == 1 and (stages[0].norm is None and stages[0].activation is None):
@@ -257,7 +269,7 @@ class Finder:
         nodes = walk.nodes[: walk.end]
         self.taken.update(nodes)
         chain = Chain(stages, walk.steps[: walk.end], self.paths, self.fuse)
-        return Link(chain, nodes, start.args[0], residual)  # type: ignore[arg-type]
+        return Link(chain, nodes, walk.addition)
 
     def _operand(self, node: fx.Node) -> fx.Node | None:
         """The only argument of a module's call, if it is one tensor."""
@@ -317,7 +329,7 @@ class _Walk:
         self.nodes: list[fx.Node] = [start]
         self.steps: list[Step | None] = [Step(finder.modules[start])]
         self.end = 1  # what comes after is only passed through, such as a dropout
-        self.residual: fx.Node | None = None
+        self.addition: tuple[fx.Node, int] | None = None
         self.reason = ""
 
     def take(self, node: fx.Node, step: Step | None = None) -> None:
@@ -370,12 +382,12 @@ class _Walk:
     def _take_addition(self, node: fx.Node) -> bool:
         if node.target not in layers.ADDITIONS or node.kwargs or len(node.args) != 2:
             return False
-        left, right = node.args
-        other = right if left is self.nodes[-1] else left
+        index = 1 if node.args[0] is self.nodes[-1] else 0
+        residual = node.args[index]
         in_place = node.target in (operator.iadd, "add_")
-        if not isinstance(other, fx.Node) or other is self.nodes[-1] or (in_place and other is left):
+        if not isinstance(residual, fx.Node) or residual is self.nodes[-1] or (in_place and index == 0):
             return False
-        self.residual = other
+        self.addition = node, index
         self.nodes.append(node)
         self.steps.append(None)
         self.end = len(self.nodes)
