@@ -24,6 +24,7 @@ from .nn import _folded, _has_hooks
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_jit_trace = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 _optimizer_steps = 0
@@ -104,7 +105,7 @@ class Weights:
 
     def __call__(self) -> tuple[list[Tensor | None], Tensor | None]:
         """Weight and bias of each stage in turn, and the packed form, if the kernels want one."""
-        if _is_compiling():
+        if _is_compiling() or _jit_trace() is not None:
             return self._fold(), None
         plain = all(stage.has_plain_weights() for stage in self.stages)
         if _is_grad_enabled() or _functorch_level() is not None or not plain:
@@ -232,21 +233,44 @@ class Chain:
         return residual.shape == (*batch, self.stages[1].conv.out_channels, *size)
 
 
-class DepthwiseForward:
+class Forward:
+    """What stands in the place of the forward of a module, as an attribute of the instance."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def __code__(self) -> Any:  # torch.export reads where a forward was written
+        return type(self.module).forward.__code__
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Forget the folded weights."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class DepthwiseForward(Forward):
     """The forward of a depthwise convolution that stays what it is: only the arithmetic changes."""
 
     def __init__(self, conv: Any) -> None:
-        self.conv = conv
+        super().__init__(conv)
         self.weights = Weights((Stage(conv),))
 
     def forget(self) -> None:
         self.weights.forget()
 
     def __call__(self, x: Tensor) -> Tensor:
-        conv = self.conv
+        conv = self.module
         if not isinstance(x, Tensor):  # a proxy of torch.fx
-            return type(conv).forward(conv, x)
-        (weight, bias), packed = self.weights()
+            return self.own(x)
+        weights: tuple[Any, Any]
+        weights, packed = self.weights()  # type: ignore[assignment]
+        nd = weights[0].dim() - 2
         x, padding = layers.padded(conv, x)
-        nd = weight.dim() - 2  # type: ignore[union-attr]
-        return functional._depthwise(nd, x, weight, bias, conv.stride, padding, conv.dilation, "none", packed)  # type: ignore[arg-type]
+        return functional._depthwise(nd, x, *weights, conv.stride, padding, conv.dilation, "none", packed)

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import layers
-from .chains import Chain, DepthwiseForward
+from .chains import Chain, DepthwiseForward, Forward
 from .checks import check_fuse
 from .nn import _has_hooks
 from .tracing import Finder, Frame, Link, Tracer, Untraceable
@@ -122,7 +122,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model: got {type(model).__name__}, expected an nn.Module")
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), (_Plan, DepthwiseForward)):
+        if isinstance(module.__dict__.get("forward"), Forward):
             del module.forward, module.train
         if isinstance(module.__dict__.get("dsconv_report"), Report):
             del module.dsconv_report
@@ -230,11 +230,11 @@ class _Train:
         return type(self.module).train(self.module, mode)
 
 
-def _install(module: nn.Module, forward: Any) -> None:
+def _install(module: nn.Module, forward: Forward) -> None:
     module.forward, module.train = forward, _Train(module)  # type: ignore[method-assign, assignment]
 
 
-class _Plan:
+class _Plan(Forward):
     """The forward of an owner: its own code with chains in the place of modules, where the code would still be that.
 
     The graph was made for one or more tensors as arguments, and for what the attributes of the owner, and of the modules
@@ -242,7 +242,7 @@ class _Plan:
     """
 
     def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.variants: list[_Variant] = []
 
     def add(self, graph: fx.Graph, links: list[Link], containers: list[nn.Module]) -> None:
@@ -260,7 +260,7 @@ class _Plan:
 
     def install(self) -> None:
         if self.variants:
-            _install(self.owner, self)
+            _install(self.module, self)
             for variant in self.variants:
                 variant.remember()
 
@@ -282,8 +282,8 @@ class _Plan:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         variant = self.variant()
         if variant is None or kwargs or not variant.takes(args):
-            return type(self.owner).forward(self.owner, *args, **kwargs)
-        return variant.function(self.owner, *args)
+            return self.own(*args, **kwargs)
+        return variant.function(self.module, *args)
 
 
 _SETTINGS = (bool, int, float, str, type(None), tuple)

@@ -37,6 +37,21 @@ def _question(cls: type, method: str = "forward") -> str | None:
     return found[0] if found else None
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is; torch.fx makes ``x = x + y`` of it."""
+
+
+_IN_PLACE = [getattr(operator, name) for name in operator.__all__ if name[0] == "i" and hasattr(operator, f"__{name}__")]
+
+
+def _recorder(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in _IN_PLACE:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
+
+
 class Frame:
     """One call of a module while it was traced."""
 
@@ -84,6 +99,9 @@ class Tracer(fx.Tracer):
                     raise Untraceable(f"its forward needs the keyword {parameter.name}")
                 names.append(parameter.name)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -297,10 +315,9 @@ class Finder:
         if node.op not in ("call_function", "call_method"):
             return False
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        inplace_operators = (operator.setitem, *(getattr(operator, n) for n in operator.__all__ if n[0] == "i"))
         return (
             (name.endswith("_") and not name.endswith("__"))
-            or node.target in inplace_operators
+            or node.target in (operator.setitem, *_IN_PLACE)
             or "out" in node.kwargs
             or True in (node.kwargs.get("inplace"), *(a for a in node.args if isinstance(a, bool)))
         )
@@ -349,6 +366,9 @@ class _Walk:
                 self.reason = self.reason if users else "its output is not used"
                 return None
             node = users[0]
+            if node in self.finder.taken:
+                self.reason = f"{self.finder._describe(node, self.nodes[0])} belongs to another chain"
+                return None
             if (writer := self.finder.is_disturbed(self.nodes[0], node, self.nodes)) is not None:
                 self.reason = f"{self.finder._describe(writer, self.nodes[0])} works in place in between"
                 return None
