@@ -188,9 +188,16 @@ class _Analysis:
         for conv, reason in finder.reasons.items():
             self.reasons.setdefault(self.paths[conv], reason)  # the widest view comes first
 
+    def _closure(self, inlined: set[nn.Module]) -> set[nn.Module]:
+        """Add what the chains inside of inlined owners reach into: their own forwards will not be called."""
+        while not inlined >= (more := set().union(*(self.owners.get(m, set()) for m in inlined))):
+            inlined = inlined | more
+        return inlined
+
     def plan(self, owner: nn.Module, inlined: set[nn.Module]) -> _Plan:
         """Trace `owner` in both modes and put its chains together."""
         plan = _Plan(owner)
+        inlined = self._closure(inlined)
         containers = [owner, *(m for m in self.paths if m in inlined)]
         for training in (owner.training, not owner.training):
             with _mode(containers, training):

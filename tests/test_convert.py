@@ -5,6 +5,7 @@ import copy
 import io
 import operator
 import pickle
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import prune
 
 import dsconv_ext
 from dsconv_ext import convert, revert
+from dsconv_ext.__main__ import main
 from dsconv_ext.chains import Chain
 
 
@@ -964,3 +966,19 @@ def test_report_lists_every_convolution():
     ]
     assert report.counts() == {"fused": 2, "replaced": 0, "left": 3} and len(report) == 5
     assert str(report).splitlines()[1].split() == ["1", "depthwise", "5x5", "dilation", "2x1", "fused", "with", "2"]
+
+
+def test_convert_report_on_the_command_line(capsys, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.setenv("COLUMNS", "160")
+    main(["convert-report", "torchvision.models:mobilenet_v2"])
+    printed = capsys.readouterr().out
+    assert "torchvision.models:mobilenet_v2 in eval mode: 34 fused, 0 replaced, 18 left" in printed
+    assert re.search(r"features\.2\.conv\.2 .* pointwise 1x1 .* fused .* with features\.2\.conv\.1\.0", printed)
+    main(["convert-report", "torchvision.models:mobilenet_v2", "--train"])
+    assert "in training mode: 0 fused, 17 replaced, 35 left" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="cannot make torchvision.models:nothing: AttributeError"):
+        main(["convert-report", "torchvision.models:nothing"])
+    with pytest.raises(SystemExit):
+        main(["convert-report", "mobilenet_v2"])
+    assert "model: got 'mobilenet_v2', expected timm:NAME or MODULE:NAME" in capsys.readouterr().err
