@@ -8,6 +8,7 @@ import importlib
 import json
 import platform
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -104,7 +105,7 @@ def convert_report(args: argparse.Namespace) -> None:
         model = make()
     except Exception as error:  # whatever another package raises for a name it does not know
         raise SystemExit(f"convert-report: cannot make {args.model}: {type(error).__name__}: {error}") from error
-    report = dsconv_ext.convert(model.train(args.train), inplace=True).dsconv_report
+    report: Any = dsconv_ext.convert(model.train(args.train), inplace=True).dsconv_report
     mode = "training" if args.train else "eval"
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
     rows = [(row.path, row.kind, row.status, row.reason) for row in report]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -103,7 +102,7 @@ class Weights:
     def __getstate__(self) -> dict[str, Any]:
         return {"stages": self.stages, "_kept": None}
 
-    def __call__(self) -> tuple[list[Tensor | None], Tensor | None]:
+    def __call__(self) -> tuple[list[Any], Tensor | None]:
         """Weight and bias of each stage in turn, and the packed form, if the kernels want one."""
         if _is_compiling() or _jit_trace() is not None:
             return self._fold(), None
@@ -125,10 +124,10 @@ class Weights:
         self._kept = (_optimizer_steps, marks, folded, packed)
         return folded, packed
 
-    def _fold(self) -> list[Tensor | None]:
+    def _fold(self) -> list[Any]:
         return [tensor for stage in self.stages for tensor in stage.folded()]
 
-    def _pack(self, folded: list[Tensor | None]) -> Tensor | None:
+    def _pack(self, folded: list[Any]) -> Tensor | None:
         weights: Any = [None if t is None else t.detach() for t in folded[::2]]
         if weights[0].device.type != "cpu" or not layers.is_depthwise(self.stages[0].conv):
             return None
@@ -227,7 +226,8 @@ class Chain:
         if torch._C._is_any_autocast_enabled() or residual.device != x.device:
             return False
         kernel = self.stages[0].conv.weight.shape
-        stride, pads, dilation = normalise(nd, *settings, kernel)
+        stride, padding, dilation = settings
+        stride, pads, dilation = normalise(nd, stride, padding, dilation, kernel)
         size = output_size(x.shape[-nd:], kernel[2:], stride, pads, dilation)
         batch = x.shape[: x.dim() - nd - 1]
         return residual.shape == (*batch, self.stages[1].conv.out_channels, *size)
@@ -269,8 +269,8 @@ class DepthwiseForward(Forward):
         conv = self.module
         if not isinstance(x, Tensor):  # a proxy of torch.fx
             return self.own(x)
-        weights: tuple[Any, Any]
-        weights, packed = self.weights()  # type: ignore[assignment]
-        nd = weights[0].dim() - 2
+        (weight, bias), packed = self.weights()
         x, padding = layers.padded(conv, x)
-        return functional._depthwise(nd, x, *weights, conv.stride, padding, conv.dilation, "none", packed)
+        return functional._depthwise(
+            weight.dim() - 2, x, weight, bias, conv.stride, padding, conv.dilation, "none", packed
+        )

@@ -1,25 +1,23 @@
-"""Convert an existing model: its depthwise convolutions, and what follows them, run on the operators of this package."""
+"""Convert an existing model: depthwise convolutions, and what follows them, run on the operators of this package."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import layers
 from .chains import Chain, DepthwiseForward, Forward
 from .checks import check_fuse
-from .nn import _has_hooks
-from .tracing import Finder, Frame, Link, Tracer, Untraceable
+from .matching import Finder, Link
+from .plans import Plan, install
+from .tracing import Frame, Tracer, Untraceable
 
 
 def convert(
@@ -87,8 +85,8 @@ def convert(
     for plan in plans:
         plan.install()
     for module in paths:
-        if layers.rank(type(module)) is not None and layers.is_depthwise(module) and "forward" not in module.__dict__:
-            _install(module, DepthwiseForward(module))
+        if layers.rank(module) is not None and layers.is_depthwise(module) and "forward" not in module.__dict__:
+            install(module, DepthwiseForward(module))
     model.dsconv_report = Report(model, fold_batchnorm is not False, analysis.reasons)  # type: ignore[assignment]
     return model
 
@@ -194,9 +192,9 @@ class _Analysis:
             inlined = inlined | more
         return inlined
 
-    def plan(self, owner: nn.Module, inlined: set[nn.Module]) -> _Plan:
+    def plan(self, owner: nn.Module, inlined: set[nn.Module]) -> Plan:
         """Trace `owner` in both modes and put its chains together."""
-        plan = _Plan(owner)
+        plan = Plan(owner)
         inlined = self._closure(inlined)
         containers = [owner, *(m for m in self.paths if m in inlined)]
         for training in (owner.training, not owner.training):
@@ -224,130 +222,6 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.training = mode
-
-
-class _Train:
-    """`nn.Module.train` of a module whose forward keeps folded weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        self.module.forward.forget()
-        return type(self.module).train(self.module, mode)
-
-
-def _install(module: nn.Module, forward: Forward) -> None:
-    module.forward, module.train = forward, _Train(module)  # type: ignore[method-assign, assignment]
-
-
-class _Plan(Forward):
-    """The forward of an owner: its own code with chains in the place of modules, where the code would still be that.
-
-    The graph was made for one or more tensors as arguments, and for what the attributes of the owner, and of the modules
-    a chain reaches into, were at that time. Where anything else is met the code itself runs.
-    """
-
-    def __init__(self, owner: nn.Module) -> None:
-        super().__init__(owner)
-        self.variants: list[_Variant] = []
-
-    def add(self, graph: fx.Graph, links: list[Link], containers: list[nn.Module]) -> None:
-        chains = {chain.key: name for name, chain in self.chains().items()}
-        used = []
-        for link in links:
-            name = chains.get(link.chain.key)
-            if name is None:
-                name = f"chain{len(chains)}"
-                chains[link.chain.key] = name
-                setattr(self, name, link.chain)
-            used.append(name)
-            link.substitute(graph, f"forward.{name}")
-        self.variants.append(_Variant(graph, containers, used))
-
-    def install(self) -> None:
-        if self.variants:
-            _install(self.module, self)
-            for variant in self.variants:
-                variant.remember()
-
-    def chains(self) -> dict[str, Chain]:
-        return {name: value for name, value in self.__dict__.items() if isinstance(value, Chain)}
-
-    def forget(self) -> None:
-        for chain in self.chains().values():
-            chain.weights.forget()
-
-    def variant(self) -> _Variant | None:
-        """The graph that is true at this moment."""
-        if not _has_any_global_hook():
-            for variant in self.variants:
-                if variant.is_true():
-                    return variant
-        return None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        variant = self.variant()
-        if variant is None or kwargs or not variant.takes(args):
-            return self.own(*args, **kwargs)
-        return variant.function(self.module, *args)
-
-
-_SETTINGS = (bool, int, float, str, type(None), tuple)
-
-
-class _Variant:
-    """A graph as a function, and what the modules looked like for which it is true."""
-
-    def __init__(self, graph: fx.Graph, containers: list[nn.Module], chains: list[str]) -> None:
-        code = graph.python_code("self")
-        self.source, self.globals = code.src, code.globals
-        self.arguments = sum(node.op == "placeholder" for node in graph.nodes)
-        self.chains = chains
-        self.containers = containers
-        self.training = containers[0].training
-        self.function = self._compile()
-
-    def _compile(self) -> Any:
-        namespace = dict(self.globals)
-        exec(compile(self.source, "<dsconv_ext.convert>", "exec"), namespace)
-        return namespace["forward"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "function"}
-        used = {name: self.globals[name] for name in self.function.__code__.co_names if name in self.globals}
-        modules = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
-        return {**state, "globals": {name: v for name, v in used.items() if name not in modules}, "modules": modules}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        modules = {name: importlib.import_module(module) for name, module in state.pop("modules").items()}
-        self.__dict__.update(state)
-        self.globals = {**self.globals, **modules}
-        self.function = self._compile()
-
-    def remember(self) -> None:
-        """Note what the graph depends on, once all forwards are installed."""
-        self.children = [dict(m._modules) for m in self.containers]
-        self.settings = [
-            {**{k: v for k, v in m.__dict__.items() if isinstance(v, _SETTINGS)}, "training": self.training}
-            for m in self.containers
-        ]
-        self.forwards = [m.__dict__.get("forward") for m in self.containers]
-
-    def takes(self, args: tuple[Any, ...]) -> bool:
-        return len(args) == self.arguments and all(isinstance(arg, Tensor) for arg in args)
-
-    def is_true(self) -> bool:
-        for i, module in enumerate(self.containers):
-            attributes = module.__dict__
-            if attributes["training"] != self.training or attributes["_modules"] != self.children[i]:
-                return False
-            if i > 0 and (attributes.get("forward") is not self.forwards[i] or _has_hooks(module)):
-                return False
-            for name, value in self.settings[i].items():
-                if attributes.get(name, self) != value:
-                    return False
-        return True
 
 
 @dataclass(frozen=True)
@@ -412,7 +286,7 @@ class Report(Sequence[Row]):
         stale: dict[nn.Module, str] = {}
         for path, module in self.model.named_modules():
             plan = module.__dict__.get("forward")
-            if isinstance(plan, _Plan):
+            if isinstance(plan, Plan):
                 variant = plan.variant()
                 for name, chain in plan.chains().items():
                     for stage in chain.stages:
@@ -446,6 +320,6 @@ class Report(Sequence[Row]):
             return "no depthwise convolution directly before it"
         if not layers.is_depthwise(conv):
             return "not depthwise"
-        if layers.rank(type(conv)) is None:
+        if layers.rank(conv) is None:
             return f"{type(conv).__name__} has a forward of its own"
         return self.reasons.get(path, "")

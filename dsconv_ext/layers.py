@@ -1,4 +1,4 @@
-"""What the layers of other people's models compute, as far as `dsconv_ext.convert` knows: convolutions, norms, activations.
+"""What the layers of other people's models compute, as far as `dsconv_ext.convert` knows them.
 
 Classes of timm and torchvision are known by name, so that neither is imported.
 """
@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .functional import Activation
 
-# One of our own, so that a later change of the activation's parameters is seen: module -> its name and parameter.
+# Asked in every call, so that a later change of the module's parameter is seen.
 _Spelling = Callable[[Any], Activation | None]
 
 _ACTIVATIONS: dict[str, _Spelling] = {
@@ -66,18 +66,28 @@ _SAME_CONV = "timm.layers.conv2d_same.Conv2dSame"
 _PLAIN_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+def _name(module: Any) -> str:
+    cls: Any = type(module)
+    return _class_name(cls)
+
+
 @functools.cache
-def _name(cls: type) -> str:
+def _class_name(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-@functools.cache
-def rank(cls: type) -> int | None:
-    """Number of spatial dimensions of a convolution class, None where it does not compute what nn.ConvNd computes.
+def rank(module: Any) -> int | None:
+    """Number of spatial dimensions of a convolution; None for a module that does not compute what nn.ConvNd computes.
 
     Subclasses count as long as they leave the arithmetic alone, as parametrized convolutions do.
     """
-    if _name(cls) == _SAME_CONV:
+    cls: Any = type(module)
+    return _class_rank(cls)
+
+
+@functools.cache
+def _class_rank(cls: Any) -> int | None:
+    if _class_name(cls) == _SAME_CONV:
         return 2
     for nd, conv in _PLAIN_CONV.items():
         if issubclass(cls, conv) and cls.forward is conv.forward and cls._conv_forward is conv._conv_forward:
@@ -124,14 +134,14 @@ def _same_padding(conv: Any, x: Tensor) -> tuple[tuple[int, int], ...]:
 
 def convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the convolution `conv` with other weights, by PyTorch."""
-    if _name(type(conv)) == _SAME_CONV:
+    if _name(conv) == _SAME_CONV:
         x = F.pad(x, [side for pair in reversed(_same_padding(conv, x)) for side in pair])
     return conv._conv_forward(x, weight, bias)
 
 
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
     """Pad `x` as far as the operators cannot; return also the padding that is left to them."""
-    if _name(type(conv)) == _SAME_CONV:
+    if _name(conv) == _SAME_CONV:
         return x, _same_padding(conv, x)
     if conv.padding_mode != "zeros":
         return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
@@ -141,7 +151,7 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
 def is_batch_norm(module: Any) -> bool:
     """Whether `module` is a BatchNorm, frozen or not, perhaps with an activation inside (and no dropout)."""
     drop = module.__dict__.get("_modules", {}).get("drop") if isinstance(module, nn.Module) else None
-    return _name(type(module)) in _BATCH_NORMS and (drop is None or type(drop) is nn.Identity)
+    return _name(module) in _BATCH_NORMS and (drop is None or type(drop) is nn.Identity)
 
 
 def uses_batch_statistics(norm: Any) -> bool:
@@ -149,7 +159,7 @@ def uses_batch_statistics(norm: Any) -> bool:
 
 
 def is_dropout(module: Any) -> bool:
-    return _name(type(module)) in _DROPOUTS
+    return _name(module) in _DROPOUTS
 
 
 @dataclass(frozen=True)
@@ -214,7 +224,7 @@ def activation(step: Step | Any) -> Activation | None:
     """
     target = step.target if isinstance(step, Step) else step
     if isinstance(target, nn.Module):
-        spelling = _ACTIVATIONS.get(_name(type(target)))
+        spelling = _ACTIVATIONS.get(_name(target))
         return None if spelling is None else spelling(target)
     try:
         return _FUNCTIONS[target](*step.args, **step.kwargs)

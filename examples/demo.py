@@ -247,9 +247,7 @@ def check_network(name: str, options: argparse.Namespace, console: Console) -> R
 
 
 def summarise(results: list[Result], console: Console) -> None:
-    table = Table(
-        title="speed-up of the converted networks over ...", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title="speed-up of the converted networks over ...", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("network", no_wrap=True)
     for heading in ("eager", "channels_last", "BN folded", "error"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -71,8 +71,15 @@ FAMILIES = {
     "rdnet_tiny": (0, 21),
 }
 SLOW = {*list(FAMILIES)[31:], "mobileone_s0", "rexnet_100", "hgnetv2_b0", "repghostnet_050", "efficientvit_b0"}
-FULL_SIZE = {"mobilevit_xxs", "mobilevitv2_050"}
-FULL_SIZE |= {"efficientformerv2_s0", "swiftformer_xs", "tiny_vit_5m_224", "xcit_nano_12_p16_224", "coatnet_nano_rw_224"}
+FULL_SIZE = {
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientformerv2_s0",
+    "swiftformer_xs",
+    "tiny_vit_5m_224",
+    "xcit_nano_12_p16_224",
+    "coatnet_nano_rw_224",
+}
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, timm.layers.GELU, timm.layers.GELUTanh)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 FLOAT64_LIMIT = 1e-10

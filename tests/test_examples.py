@@ -28,7 +28,10 @@ COUNTS = {
 }
 
 
-@pytest.fixture(scope="module", params=demo.NETWORKS)
+SLOW = ("efficientnet_lite0", "legacy_xception")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in demo.NETWORKS])
 def network(request: pytest.FixtureRequest) -> tuple[str, list[demo.Variant], torch.Tensor]:
     torch.manual_seed(0)
     model = demo.timm.create_model(request.param).eval()
