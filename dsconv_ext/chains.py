@@ -6,6 +6,7 @@ the folded weights are kept between calls without gradients, for as long as what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ class Stage:
             inner = self.norm._modules.get("act")
             if inner is not None and _has_hooks(inner):
                 return "the activation inside its BatchNorm has hooks"
-        return "its activation was changed" if self.spelled_activation() is None else None
+        return None
 
     def has_plain_weights(self) -> bool:
         return "weight" in self.conv._parameters and "bias" in self.conv._parameters
@@ -103,11 +104,13 @@ class Weights:
         return {"stages": self.stages, "_kept": None}
 
     def __call__(self) -> tuple[list[Any], Tensor | None]:
-        """Weight and bias of each stage in turn, and the packed form, if the kernels want one."""
+        """Weight and bias of each stage in turn, and the packed form, if the kernels want one.
+
+        The weights must be plain.
+        """
         if _is_compiling() or _jit_trace() is not None:
             return self._fold(), None
-        plain = all(stage.has_plain_weights() for stage in self.stages)
-        if _is_grad_enabled() or _functorch_level() is not None or not plain:
+        if _is_grad_enabled() or _functorch_level() is not None:
             self.forget()
             return self._fold(), None
         sources = [tensor for stage in self.stages for tensor in stage.sources()]
@@ -180,6 +183,12 @@ class Chain:
 
     def obstacle(self) -> str | None:
         """Why the modules must be called one by one at this moment; None if they need not."""
+        return self._blocked() or ("an activation was changed" if None in self._activations() else None)
+
+    def _activations(self) -> list[Any]:
+        return [stage.spelled_activation() for stage in self.stages]
+
+    def _blocked(self) -> str | None:
         if _has_any_global_hook():
             return "hooks on all modules"
         for module, path in self.modules:
@@ -195,17 +204,17 @@ class Chain:
         return None
 
     def __call__(self, x: Tensor, residual: Any = None) -> Tensor:
-        if not isinstance(x, Tensor) or self.obstacle() is not None:
+        acts = self._activations()
+        if not isinstance(x, Tensor) or None in acts or self._blocked() is not None:
             self.weights.forget()
             for step in self.steps:
                 x = x + residual if step is None else step(x)
             return x
-        return self._compute(x, residual)
+        return self._compute(x, residual, acts)
 
-    def _compute(self, x: Tensor, residual: Any) -> Tensor:
+    def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
         first = self.stages[0].conv
         weights, packed = self.weights()
-        acts: list[Any] = [stage.spelled_activation() for stage in self.stages]
         if not layers.is_depthwise(first):
             return activations.forward(layers.convolve(first, x, *weights), *activations.parse(acts[0]))
         nd = first.weight.dim() - 2
@@ -225,12 +234,21 @@ class Chain:
             return False
         if torch._C._is_any_autocast_enabled() or residual.device != x.device:
             return False
-        kernel = self.stages[0].conv.weight.shape
         stride, padding, dilation = settings
-        stride, pads, dilation = normalise(nd, stride, padding, dilation, kernel)
-        size = output_size(x.shape[-nd:], kernel[2:], stride, pads, dilation)
+        sizes_are_ints = not _is_compiling() and _jit_trace() is None
+        size = (_cached_output_size if sizes_are_ints else _output_size)(
+            nd, x.shape[-nd:], self.stages[0].conv.weight.shape, stride, padding, dilation
+        )
         batch = x.shape[: x.dim() - nd - 1]
         return residual.shape == (*batch, self.stages[1].conv.out_channels, *size)
+
+
+def _output_size(nd: int, size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    stride, padding, dilation = normalise(nd, stride, padding, dilation, kernel)
+    return output_size(size, kernel[2:], stride, padding, dilation)
+
+
+_cached_output_size = functools.lru_cache(maxsize=1024)(_output_size)
 
 
 class Forward:
@@ -269,7 +287,10 @@ class DepthwiseForward(Forward):
         conv = self.module
         if not isinstance(x, Tensor):  # a proxy of torch.fx
             return self.own(x)
-        (weight, bias), packed = self.weights()
+        if self.weights.stages[0].has_plain_weights():
+            (weight, bias), packed = self.weights()
+        else:
+            weight, bias, packed = conv.weight, conv.bias, None
         x, padding = layers.padded(conv, x)
         return functional._depthwise(
             weight.dim() - 2, x, weight, bias, conv.stride, padding, conv.dilation, "none", packed

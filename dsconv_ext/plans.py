@@ -81,7 +81,11 @@ class Plan(Forward):
         return variant.function(self.module, *args)
 
 
-_SETTINGS = (bool, int, float, str, type(None), tuple)
+def _is_setting(value: Any) -> bool:
+    """Whether code may have branched on it, and a later value can be compared with it."""
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class Variant:
@@ -117,7 +121,7 @@ class Variant:
         """Note what the graph depends on, once all forwards are installed."""
         self.children = [dict(m._modules) for m in self.containers]
         self.settings = [
-            {**{k: v for k, v in m.__dict__.items() if isinstance(v, _SETTINGS)}, "training": self.training}
+            {**{k: v for k, v in m.__dict__.items() if _is_setting(v)}, "training": self.training}
             for m in self.containers
         ]
         self.forwards = [m.__dict__.get("forward") for m in self.containers]

@@ -577,6 +577,13 @@ def test_changed_settings_of_children_are_used():
         m.act.negative_slope, m.bn1.eps, m.dw.padding, m.dw.stride = 0.5, 0.1, (2, 0), (2, 1)
     assert_same(converted, model, image(), fused=1)
 
+    model = eval_block(Block, lambda: nn.Hardtanh(0, 6))
+    converted = convert(model)
+    for m in (model, converted):
+        m.act.max_val = 5
+    assert reason(converted) == "an activation was changed"
+    assert_same(converted, model, image(), fused=0)
+
 
 def test_changed_settings_of_the_owner_are_used():
     class Flagged(Block):
@@ -866,6 +873,7 @@ def test_compile(mode):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_export_functional_call_and_jit_trace():
     model = eval_block(Residual)
     converted, x = convert(model), image()
