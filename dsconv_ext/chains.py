@@ -234,11 +234,9 @@ class Chain:
             return False
         if torch._C._is_any_autocast_enabled() or residual.device != x.device:
             return False
-        stride, padding, dilation = settings
         sizes_are_ints = not _is_compiling() and _jit_trace() is None
-        size = (_cached_output_size if sizes_are_ints else _output_size)(
-            nd, x.shape[-nd:], self.stages[0].conv.weight.shape, stride, padding, dilation
-        )
+        find_size = _cached_output_size if sizes_are_ints else _output_size
+        size = find_size(nd, x.shape[-nd:], self.stages[0].conv.weight.shape, *settings)
         batch = x.shape[: x.dim() - nd - 1]
         return residual.shape == (*batch, self.stages[1].conv.out_channels, *size)
 

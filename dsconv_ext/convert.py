@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import layers
@@ -87,7 +87,7 @@ def convert(
     for module in paths:
         if layers.rank(module) is not None and layers.is_depthwise(module) and "forward" not in module.__dict__:
             install(module, DepthwiseForward(module))
-    model.dsconv_report = Report(model, fold_batchnorm is not False, analysis.reasons)  # type: ignore[assignment]
+    model.dsconv_report = Report(model, analysis.reasons)  # type: ignore[assignment]
     return model
 
 
@@ -130,8 +130,8 @@ def revert(model: nn.Module) -> nn.Module:
 def _check(model: Any, *, inplace: Any, fold_batchnorm: Any, fuse: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model: got {type(model).__name__}, expected an nn.Module")
-    if isinstance(model, (torch.jit.ScriptModule, fx.GraphModule)) and not hasattr(model, "_modules"):
-        raise TypeError(f"convert: model: got {type(model).__name__}, expected a model in Python")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"convert: model: got a scripted {model.original_name}, expected a model in Python")
     if not isinstance(inplace, bool):
         raise TypeError(f"convert: inplace: got {inplace!r}, expected True or False")
     if fold_batchnorm is not None and not isinstance(fold_batchnorm, bool):
@@ -261,8 +261,8 @@ class Report(Sequence[Row]):
     '0: its BatchNorm uses the statistics of the batch (training mode)'
     """
 
-    def __init__(self, model: nn.Module, fold: bool, reasons: dict[str, str]) -> None:
-        self.model, self.fold, self.reasons = model, fold, reasons
+    def __init__(self, model: nn.Module, reasons: dict[str, str]) -> None:
+        self.model, self.reasons = model, reasons
 
     def __len__(self) -> int:
         return len(self.rows())
@@ -322,4 +322,4 @@ class Report(Sequence[Row]):
             return "not depthwise"
         if layers.rank(conv) is None:
             return f"{type(conv).__name__} has a forward of its own"
-        return self.reasons.get(path, "")
+        return self.reasons.get(path, "tracing met no call of it")

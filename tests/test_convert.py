@@ -676,6 +676,15 @@ def test_parts_of_an_untraceable_model_are_fused():
     assert_same(converted, model, image(), fused=2)
 
 
+def test_a_module_that_forward_does_not_call_is_replaced():
+    model = eval_block()
+    model.extra = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)).double()
+    converted = convert(model)
+    assert status(converted) == {"dw": "fused", "pw": "fused", "extra.0": "replaced", "extra.1": "left"}
+    assert reason(converted, "extra.0") == "tracing met no call of it"
+    assert_same(converted.extra, model.extra, image(), fused=0)
+
+
 def test_other_arguments_than_traced_run_the_own_forward():
     class Options(Block):
         def forward(self, x, residual=None, *, twice=False):
@@ -952,6 +961,12 @@ def test_wrong_arguments(arguments, error, match):
         convert(arguments.pop("model"), **arguments)
     with pytest.raises(TypeError, match="revert: model: got str, expected"):
         revert("model")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(TypeError, match="convert: model: got a scripted Conv2d, expected a model in Python"):
+        convert(torch.jit.script(nn.Conv2d(8, 8, 3, groups=8)))
 
 
 def test_report_lists_every_convolution():
