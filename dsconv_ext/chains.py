@@ -216,7 +216,9 @@ class Chain:
         first = self.stages[0].conv
         weights, packed = self.weights()
         if not layers.is_depthwise(first):
-            return activations.forward(layers.convolve(first, x, *weights), *activations.parse(acts[0]))
+            y = layers.convolve(first, x, *weights)
+            inner = self.stages[0].norm._modules.get("act")
+            return y if inner is None else inner(y)  # perhaps in place, which saves a map
         nd = first.weight.dim() - 2
         x, padding = layers.padded(first, x)
         settings = first.stride, padding, first.dilation
