@@ -16,14 +16,18 @@ _loader.load()  # before the operators are used
 
 from . import functional, nn, reference  # noqa: E402
 from .backends import Call, Candidate, Explanation, explain  # noqa: E402
+from .convert import Report, convert, revert  # noqa: E402
 
 __all__ = [
     "Call",
     "Candidate",
     "Explanation",
+    "Report",
     "__version__",
+    "convert",
     "explain",
     "functional",
     "nn",
     "reference",
+    "revert",
 ]

@@ -1,11 +1,14 @@
-"""python -m dsconv_ext info | explain: what is inside the library, and what it would run a problem on."""
+"""python -m dsconv_ext info | explain | convert-report: what is inside, what a problem or a model would run on."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import platform
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -93,6 +96,22 @@ def explain(args: argparse.Namespace) -> None:
         _table(f"{call.op} {call.direction}  {call.problem}", ("kernel", "estimate (us)", "cannot run because"), rows)
 
 
+def convert_report(args: argparse.Namespace) -> None:
+    """Convert a model with random weights and print what became of each of its convolutions."""
+    origin, name = args.model.split(":", 1)
+    try:
+        module = importlib.import_module(origin)
+        make = functools.partial(module.create_model, name) if origin == "timm" else getattr(module, name)
+        model = make()
+    except Exception as error:  # whatever another package raises for a name it does not know
+        raise SystemExit(f"convert-report: cannot make {args.model}: {type(error).__name__}: {error}") from error
+    report: Any = dsconv_ext.convert(model.train(args.train), inplace=True).dsconv_report
+    mode = "training" if args.train else "eval"
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
+    rows = [(row.path, row.kind, row.status, row.reason) for row in report]
+    _table(f"{args.model} in {mode} mode: {counts}", ("path", "kind", "status", "reason"), rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m dsconv_ext", description=__doc__)
@@ -110,7 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--channels-last", action="store_true")
     command.add_argument("--backward", action="store_true")
     command.set_defaults(run=explain)
+    command = commands.add_parser("convert-report", help=convert_report.__doc__)
+    command.add_argument("model", help="timm:NAME, or MODULE:NAME of a function that takes no arguments")
+    command.add_argument("--train", action="store_true", help="in training mode instead of eval mode")
+    command.set_defaults(run=convert_report)
     args = parser.parse_args(argv)
+    if args.run is convert_report and ":" not in args.model:
+        parser.error(f"model: got {args.model!r}, expected timm:NAME or MODULE:NAME")
     if args.run is explain and len(args.shape) not in (3, 4, 5):
         parser.error(f"shape: got {len(args.shape)} numbers, expected N C and 1 to 3 spatial sizes")
     args.run(args)

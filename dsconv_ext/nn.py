@@ -665,6 +665,12 @@ class InvertedResidual(nn.Module):
 
 
 def _folded(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `conv`, which has no bias, with `bn` in eval mode folded in, differentiably."""
-    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-    return conv.weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
+    """Weight and bias of `conv` with `bn`, by its running statistics, folded in, differentiably."""
+    weight, bias = conv.weight, conv.bias
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    scale = scale if bn.weight is None else scale * bn.weight
+    shift = (-bn.running_mean if bias is None else bias - bn.running_mean) * scale
+    shift = shift if bn.bias is None else shift + bn.bias
+    folded = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return folded.to(weight.dtype), shift.to(weight.dtype)

@@ -1,9 +1,8 @@
-"""Put dsconv_ext into two real networks, compare them with the originals on photographs, then train a small one.
+"""Convert six real networks, compare them with the originals on photographs, then train a small one.
 
-    python examples/demo.py [--quick] [--pretrained] [--rounds N] [--batch N]
+    python examples/demo.py [--quick] [--pretrained] [--rounds N] [--batch N] [NETWORK ...]
 
-The exit code is 1 when a network with our modules disagrees with the original, or when the trained one is not good
-enough.
+The exit code is 1 when a converted network disagrees with the original, or when the trained one is not good enough.
 """
 
 import argparse
@@ -24,26 +23,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from skimage import data
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
-from timm.models.efficientnet import EfficientNet
+from timm.layers import BatchNormAct2d
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.fx.experimental import optimization
 
 import dsconv_ext
 import train_digits
-from dsconv_ext.nn import DepthwiseConv2d, DepthwiseSeparableConv2d
 
-NETWORKS = ("mobilenetv1_100", "mobilenetv2_100")
+NETWORKS = (
+    "mobilenetv1_100",
+    "mobilenetv2_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_lite0",
+    "convnext_atto",
+    "legacy_xception",
+)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's package: nothing is downloaded
-
-# Each convolution and the norm (with its activation inside) that follows it, as timm's classes name them. The last two
-# rows of a block are its depthwise and its pointwise stage.
-CONV_NORM = {
-    EfficientNet: [("conv_stem", "bn1"), ("conv_head", "bn2")],
-    DepthwiseSeparableConv: [("conv_dw", "bn1"), ("conv_pw", "bn2")],
-    InvertedResidual: [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")],
-}
-ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 
 
 def load_network(name: str, pretrained: bool, console: Console) -> tuple[nn.Module, bool]:
@@ -60,7 +55,7 @@ def load_network(name: str, pretrained: bool, console: Console) -> tuple[nn.Modu
 
 
 def load_photographs(model: nn.Module) -> torch.Tensor:
-    """Four photographs, prepared as the network's own configuration says: ``[4, 3, 224, 224]``."""
+    """Four photographs, prepared as the network's own configuration says: ``[4, 3, H, W]``."""
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
     return torch.stack([transform(Image.fromarray(getattr(data, name)())) for name in PHOTOGRAPHS])
@@ -70,76 +65,40 @@ def load_photographs(model: nn.Module) -> torch.Tensor:
 def make_sensitive(model: nn.Module, images: torch.Tensor) -> None:
     """Make the output of a network with random weights depend on every layer.
 
-    As timm initialises them, BatchNorm is nearly the identity and the logits nearly constant, so that even a flipped
-    kernel would hardly be seen. Here BatchNorm gets random weights and biases and the statistics of the photographs,
-    and the logits get unit standard deviation.
+    As timm initialises them, norms are nearly the identity, LayerScale is 1e-6 and the logits are nearly constant, so
+    that even a flipped kernel would hardly be seen. Here everything that starts constant becomes random, BatchNorm gets
+    the statistics of the photographs, and the logits get unit standard deviation.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, 0.0, 0.5)
-        norm.momentum = None  # the running statistics become those of the only batch
+    for parameter in model.parameters():
+        value = parameter.flatten()[0].item()
+        if parameter.numel() > 1 and bool((parameter == value).all()):
+            nn.init.normal_(parameter, 0.0, 0.3) if value == 0 else nn.init.uniform_(parameter, 0.5, 1.5)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the running statistics become those of the only batch
     model.train()(images)
     scale = 1 / model.eval()(images).std()
-    model.classifier.weight *= scale
-    model.classifier.bias *= scale
+    for parameter in model.get_classifier().parameters():
+        parameter *= scale
 
 
-def is_depthwise(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.groups == module.in_channels > 1
-
-
-def use_depthwise(model: nn.Module) -> int:
-    """Replace every depthwise convolution by our module, in place; how many."""
-    found = [(name, module) for name, module in model.named_modules() if is_depthwise(module)]
-    for name, conv in found:
-        model.set_submodule(name, DepthwiseConv2d.from_conv(conv))
-    return len(found)
-
-
-def use_separable(model: nn.Module) -> int:
-    """Replace depthwise, norm, pointwise, norm by one module in every block, in place, in eval mode; how many."""
-    replaced = 0
-    for block in model.modules():
-        if not isinstance(block, (DepthwiseSeparableConv, InvertedResidual)):
-            continue
-        names = [name for pair in CONV_NORM[type(block)][-2:] for name in pair]
-        depthwise, depthwise_norm, pointwise, pointwise_norm = (getattr(block, name) for name in names)
-        between = [block.aa, block.se]  # anti-aliasing and squeeze-excite need the whole depthwise map
-        if is_depthwise(depthwise) and all(isinstance(module, nn.Identity) for module in between):
-            fused = DepthwiseSeparableConv2d.from_convs(
-                depthwise,
-                pointwise,
-                depthwise_bn=depthwise_norm,
-                pointwise_bn=pointwise_norm,
-                mid_activation=ACTIVATIONS[type(depthwise_norm.act)],
-                activation=ACTIVATIONS[type(pointwise_norm.act)],
-            )
-            for name, module in zip(names, (fused, nn.Identity(), nn.Identity(), nn.Identity()), strict=True):
-                setattr(block, name, module)
-            replaced += 1
-    return replaced
-
-
-def fold_batchnorm(model: nn.Module) -> None:
-    """Fold every BatchNorm of an eval-mode network into the convolution before it, in place; its activation stays."""
-    for module in list(model.modules()):
-        for conv_name, norm_name in CONV_NORM.get(type(module), ()):
-            conv, norm = getattr(module, conv_name), getattr(module, norm_name)
-            if isinstance(conv, nn.Conv2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, norm.act)
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Fold every BatchNorm of an eval-mode network into the convolution before it, in place, with torch's own tool."""
+    for path, norm in list(model.named_modules()):
+        if isinstance(norm, BatchNormAct2d):  # which the tool does not know
+            plain = nn.BatchNorm2d(norm.num_features, norm.eps)
+            plain.load_state_dict(norm.state_dict())
+            model.set_submodule(path, nn.Sequential(plain.eval(), norm.act))
+    return optimization.fuse(model, inplace=True)
 
 
 @dataclass
 class Variant:
-    """One form of a network, and the number of the form with which it is fair to compare its speed."""
+    """One form of a network."""
 
     label: str
     model: nn.Module
     channels_last: bool
-    baseline: int
-    replaced: int = 0  # convolutions, or pairs of them, that our modules took over
 
     def arrange(self, images: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -148,16 +107,11 @@ class Variant:
 
 def build_variants(original: nn.Module) -> list[Variant]:
     channels_last = copy.deepcopy(original).to(memory_format=torch.channels_last)
-    folded, depthwise, separable = (copy.deepcopy(channels_last) for _ in range(3))
-    replaced_depthwise, replaced_separable = use_depthwise(depthwise), use_separable(separable)
-    fold_batchnorm(folded)
-    fold_batchnorm(separable)  # what is left: the stem, the expansions, the head
     return [
-        Variant("eager", original, False, baseline=0),
-        Variant("channels_last", channels_last, True, baseline=0),
-        Variant("channels_last, BN folded", folded, True, baseline=0),
-        Variant("DepthwiseConv2d", depthwise, True, baseline=1, replaced=replaced_depthwise),
-        Variant("DepthwiseSeparableConv2d", separable, True, baseline=2, replaced=replaced_separable),
+        Variant("eager", original, False),
+        Variant("eager, channels_last", channels_last, True),
+        Variant("eager, channels_last, BN folded", fold_batchnorm(copy.deepcopy(channels_last)), True),
+        Variant("converted, channels_last", dsconv_ext.convert(channels_last), True),
     ]
 
 
@@ -231,7 +185,22 @@ def kernels_of(variant: Variant, images: torch.Tensor) -> str:
     return ", ".join(f"{count} x {name}" for name, count in Counter(explanation.chosen).items())
 
 
-def check_network(name: str, options: argparse.Namespace, console: Console) -> bool:
+@dataclass
+class Result:
+    """What was found about one network."""
+
+    name: str
+    passed: bool
+    report: str
+    agreements: list[Agreement]
+    timings: list[Timing]
+
+    def speedup(self, baseline: int) -> str:
+        """How many times as long the form `baseline` takes as the converted one, which is the last."""
+        return f"{self.timings[baseline].quantile(0.5) / self.timings[-1].quantile(0.5):.2f}x"
+
+
+def check_network(name: str, options: argparse.Namespace, console: Console) -> Result:
     torch.manual_seed(0)
     model, pretrained = load_network(name, options.pretrained, console)
     images = load_photographs(model)
@@ -240,38 +209,53 @@ def check_network(name: str, options: argparse.Namespace, console: Console) -> b
     variants = build_variants(model)
     agreements = compare(variants, images)
     timed = images[:1].expand(options.batch, -1, -1, -1)
-    with Progress(console=console) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"timing {name}", total=options.rounds + 2)
         timings = measure(variants, timed, options.rounds, options.seconds, lambda: progress.advance(task))
         progress.update(task, completed=options.rounds + 2)
 
+    counts = variants[-1].model.dsconv_report.counts()
+    report = ", ".join(f"{count} {status}" for status, count in counts.items())
+    result = Result(name, all(agreement.passed for agreement in agreements), report, agreements, timings)
     weights = "pretrained" if pretrained else "random"
-    table = Table(title=f"{name}, {weights} weights, batch {options.batch}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    size = "x".join(map(str, images.shape[2:]))
+    table = Table(
+        title=f"{name}, {weights} weights, batch {options.batch}, {size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("form", no_wrap=True)
-    for heading in ("put in", "error", "ms", "p20-p80", "speed-up"):
+    for heading in ("error", "top-5", "ms", "p20-p80", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, (variant, agreement, timing) in enumerate(zip(variants, agreements, timings, strict=True)):
-        speedup = timings[variant.baseline].quantile(0.5) / timing.quantile(0.5)
         table.add_row(
-            f"{number} {variant.label}",
-            str(variant.replaced or ""),
-            f"{'' if agreement.passed else '[red]'}{agreement.error:.1e}{'' if agreement.same_top5 else ' top-5'}",
+            variant.label,
+            f"{'' if agreement.passed else '[red]'}{agreement.error:.1e}",
+            "same" if agreement.same_top5 else "[red]differs",
             f"{timing.quantile(0.5):.1f}",
             f"{timing.quantile(0.2):.1f}-{timing.quantile(0.8):.1f}",
-            f"{speedup:.2f}x vs {variant.baseline}" if number else "",
+            result.speedup(number) if variant is not variants[-1] else "",
         )
     console.print(table)
     if any(timing.disturbed for timing in timings):
         console.print("[yellow]other programs held the cores during most calls: these times mean little")
-    passed = all(agreement.passed for agreement in agreements)
-    for number, variant in enumerate(variants):
-        if variant.replaced:
-            console.print(f"kernels of form {number}: {kernels_of(variant, timed)}", highlight=False)
+    console.print(f"convolutions: {report}", highlight=False)
+    console.print(f"kernels: {kernels_of(variants[-1], timed)}", highlight=False)
     console.print(
         f"against float64 on {len(images)} photographs, error at most {agreements[0].limit:.1e} and the same top-5: "
-        + ("[green]all agree" if passed else "[red]FAILED")
+        + ("[green]all agree" if result.passed else "[red]FAILED")
     )
-    return passed
+    return result
+
+
+def summarise(results: list[Result], console: Console) -> None:
+    table = Table(title="speed-up of the converted networks over ...", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("network", no_wrap=True)
+    for heading in ("eager", "channels_last", "BN folded", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("convolutions")
+    for result in results:
+        speedups = [result.speedup(baseline) for baseline in range(3)]
+        table.add_row(result.name, *speedups, f"{result.agreements[-1].error:.1e}", result.report)
+    console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -280,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pretrained", action="store_true", help="fetch pretrained weights, if that is possible")
     parser.add_argument("--rounds", type=int, help="timing rounds (default 40, with --quick 4)")
     parser.add_argument("--batch", type=int, default=1, help="images per timed call")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"timm's names (default {' '.join(NETWORKS)})")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (4 if options.quick else 40)
     options.seconds = 10 if options.quick else 60
@@ -289,7 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"dsconv_ext {dsconv_ext.__version__}, torch {torch.__version__}, timm {timm.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} threads"
     )
-    passed = [check_network(name, options, console) for name in NETWORKS]
+    results = [check_network(name, options, console) for name in options.networks or NETWORKS]
+    summarise(results, console)
+    passed = [result.passed for result in results]
     passed.append(train_digits.run(console, epochs=6 if options.quick else 12))
     console.print("[bold green]demo passed" if all(passed) else "[bold red]demo FAILED")
     return 0 if all(passed) else 1

@@ -16,26 +16,40 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import demo  # noqa: E402
 import train_digits  # noqa: E402
-from dsconv_ext.nn import DepthwiseConv2d, DepthwiseSeparableConv2d  # noqa: E402
 
-DEPTHWISE_LAYERS = {"mobilenetv1_100": 13, "mobilenetv2_100": 17}
+# Convolutions that are fused, replaced, left.
+COUNTS = {
+    "mobilenetv1_100": (26, 0, 1),
+    "mobilenetv2_100": (34, 0, 18),
+    "mobilenetv4_conv_small": (30, 0, 16),
+    "efficientnet_lite0": (32, 0, 17),
+    "convnext_atto": (0, 12, 28),
+    "legacy_xception": (68, 0, 6),
+}
 
 
-@pytest.fixture(scope="module", params=demo.NETWORKS)
+SLOW = ("efficientnet_lite0", "legacy_xception")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in demo.NETWORKS])
 def network(request: pytest.FixtureRequest) -> tuple[str, list[demo.Variant], torch.Tensor]:
     torch.manual_seed(0)
     model = demo.timm.create_model(request.param).eval()
-    images = demo.load_photographs(model)
+    images = demo.load_photographs(model)[:2]
     demo.make_sensitive(model, images)
     return request.param, demo.build_variants(model), images
 
 
-def test_demo_replaces_every_depthwise_convolution(network) -> None:
+def test_demo_converts_every_depthwise_convolution(network) -> None:
     name, variants, _ = network
-    layers = DEPTHWISE_LAYERS[name]
-    assert [variant.replaced for variant in variants] == [0, 0, 0, layers, layers]
-    for variant, kind in zip(variants[-2:], (DepthwiseConv2d, DepthwiseSeparableConv2d), strict=True):
-        assert sum(isinstance(module, kind) for module in variant.model.modules()) == layers
+    assert tuple(variants[-1].model.dsconv_report.counts().values()) == COUNTS[name]
+
+
+def test_demo_folds_every_batch_norm_of_the_baseline(network) -> None:
+    _, variants, _ = network
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in variant.model.modules()) for variant in variants]
+    name = network[0]
+    assert norms[0] == norms[1] == norms[3] and norms[2] == 0 and (norms[0] > 0) == (name != "convnext_atto")
 
 
 def test_demo_networks_agree(network) -> None:
@@ -44,12 +58,31 @@ def test_demo_networks_agree(network) -> None:
         assert agreement.passed, f"{variant.label}: {agreement}"
 
 
+def middle(model: nn.Module, kinds: tuple[type, ...]) -> tuple[str, nn.Module]:
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+    found = [(path, m) for path, m in found if not isinstance(m, nn.Conv2d) or m.groups == m.in_channels > 1]
+    return found[len(found) // 2]
+
+
+def drop_mean(model: nn.Module) -> None:
+    batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    norm = middle(model, (nn.BatchNorm2d if batch_norm else nn.LayerNorm,))[1]
+    (norm.running_mean if batch_norm else norm.bias).zero_()
+
+
+def change_weight(model: nn.Module, change) -> None:
+    weight = middle(model, (nn.Conv2d,))[1].weight
+    weight.copy_(change(weight))
+
+
 MUTATIONS = {
-    "flipped kernel": lambda pair: pair.depthwise.weight.copy_(pair.depthwise.weight.flip(2, 3)),
-    "padding off by one": lambda pair: pair.depthwise.weight.copy_(pair.depthwise.weight.roll(1, 3)),
-    "dropped BatchNorm mean": lambda pair: pair.depthwise.bias.zero_(),
-    "pointwise off by one part in a thousand": lambda pair: pair.pointwise.weight.mul_(1.001),
-    "wrong activation": lambda pair: setattr(pair, "mid_activation", "relu"),
+    "flipped kernel": lambda model: change_weight(model, lambda w: w.flip(2, 3)),
+    "padding off by one": lambda model: change_weight(model, lambda w: w.roll(1, 3)),
+    "dropped BatchNorm mean": drop_mean,
+    "one part in a thousand": lambda model: change_weight(model, lambda w: 1.001 * w),
+    "wrong activation": lambda model: model.set_submodule(
+        middle(model, (nn.ReLU, nn.ReLU6, nn.GELU, demo.timm.layers.GELU))[0], nn.LeakyReLU(0.02)
+    ),
 }
 
 
@@ -58,8 +91,7 @@ MUTATIONS = {
 def test_demo_notices_a_wrong_layer(network, mutation: str) -> None:
     _, variants, images = network
     mutant = copy.deepcopy(variants[-1])
-    pairs = [module for module in mutant.model.modules() if isinstance(module, DepthwiseSeparableConv2d)]
-    MUTATIONS[mutation](pairs[len(pairs) // 2])
+    MUTATIONS[mutation](mutant.model)
     assert not demo.compare([variants[0], mutant], images)[1].passed
 
 
@@ -67,12 +99,13 @@ def test_demo_fails_when_a_network_disagrees(monkeypatch: pytest.MonkeyPatch) ->
     disagree = demo.Agreement(error=float("nan"), same_top5=True, limit=1e-4)
     monkeypatch.setattr(demo, "compare", lambda variants, images: [disagree] * len(variants))
     monkeypatch.setattr(demo.train_digits, "run", lambda *args, **kwargs: True)
-    assert demo.main(["--rounds", "1"]) == 1
+    assert demo.main(["--rounds", "1", "mobilenetv1_100"]) == 1
 
 
 def test_demo_quick(capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--quick", "--rounds", "1"]) == 0
-    assert "demo passed" in capsys.readouterr().out
+    assert demo.main(["--quick", "--rounds", "1", "mobilenetv2_100", "convnext_atto"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo passed" in printed and "34 fused, 0 replaced, 18 left" in printed
 
 
 def test_demo_pretrained_falls_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

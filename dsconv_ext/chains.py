@@ -1,0 +1,297 @@
+"""Chains: a convolution and what follows it in somebody's model, computed by one operator with the norms folded in.
+
+The modules of a chain stay the owners of their parameters and settings. All of these are read anew in every call; only
+the folded weights are kept between calls without gradients, for as long as what they were made from is untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import activations, functional, layers
+from .functional import Activation
+from .geometry import normalise, output_size
+from .layers import Step
+from .nn import _folded, _has_hooks
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_jit_trace = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers leave no trace on the parameters they change.
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution, the BatchNorm after it and the activation after that, which may be a part of the BatchNorm."""
+
+    conv: Any
+    norm: Any = None
+    activation: Step | None = None
+
+    def sources(self) -> list[Tensor | None]:
+        """The tensors its folded weights are made from."""
+        tensors = [self.conv._parameters[name] for name in ("weight", "bias")]
+        if self.norm is not None:
+            tensors += [_tensor(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        return tensors
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the convolution with the norm folded in, differentiably."""
+        return (self.conv.weight, self.conv.bias) if self.norm is None else _folded(self.conv, self.norm)
+
+    def spelled_activation(self) -> Activation | None:
+        """The activation after the norm; None if there is one that the operators do not have, or more than one."""
+        inner = None if self.norm is None else self.norm._modules.get("act")
+        found = [layers.activation(act) for act in (inner, self.activation) if act is not None]
+        acts = [act for act in found if act != "none"] or ["none"]
+        return acts[0] if len(acts) == 1 else None
+
+    def obstacle(self) -> str | None:
+        """Why its modules cannot be computed as one at this moment."""
+        if not self.has_plain_weights():
+            return "its weights are parametrized"
+        if self.norm is not None:
+            if layers.uses_batch_statistics(self.norm):
+                return "its BatchNorm uses the statistics of the batch (training mode)"
+            inner = self.norm._modules.get("act")
+            if inner is not None and _has_hooks(inner):
+                return "the activation inside its BatchNorm has hooks"
+        return None
+
+    def has_plain_weights(self) -> bool:
+        return "weight" in self.conv._parameters and "bias" in self.conv._parameters
+
+
+def _tensor(module: Any, name: str) -> Tensor | None:
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module._buffers.get(name)
+
+
+class Weights:
+    """The folded and packed weights of some stages, kept between calls without gradients.
+
+    They are made anew once a parameter or buffer was replaced, moved or written to, after a step of any optimizer and
+    after `forget`. A write through ``.data`` leaves none of these traces.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+        self.forget()
+
+    def forget(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"stages": self.stages, "_kept": None}
+
+    def __call__(self) -> tuple[list[Any], Tensor | None]:
+        """Weight and bias of each stage in turn, and the packed form, if the kernels want one.
+
+        The weights must be plain.
+        """
+        if _is_compiling() or _jit_trace() is not None:
+            return self._fold(), None
+        if _is_grad_enabled() or _functorch_level() is not None:
+            self.forget()
+            return self._fold(), None
+        sources = [tensor for stage in self.stages for tensor in stage.sources()]
+        kept = self._kept
+        if kept is not None and kept[0] == _optimizer_steps and _are_untouched(sources, kept[1]):
+            return kept[2], kept[3]
+        folded = self._fold()
+        if any(t is not None and (type(t) not in (nn.Parameter, Tensor) or t.is_inference()) for t in sources):
+            self.forget()
+            return folded, None
+        # The alias keeps the memory, so that its address stays unique.
+        marks = [None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources]
+        packed = self._pack(folded)
+        self._kept = (_optimizer_steps, marks, folded, packed)
+        return folded, packed
+
+    def _fold(self) -> list[Any]:
+        return [tensor for stage in self.stages for tensor in stage.folded()]
+
+    def _pack(self, folded: list[Any]) -> Tensor | None:
+        weights: Any = [None if t is None else t.detach() for t in folded[::2]]
+        if weights[0].device.type != "cpu" or not layers.is_depthwise(self.stages[0].conv):
+            return None
+        packed = torch.ops.dsconv.pack(*weights, *[None] * (2 - len(weights)))
+        return packed if packed.numel() else None  # empty: the kernels read these weights as they are
+
+
+def _are_untouched(sources: list[Tensor | None], marks: list[Any]) -> bool:
+    for tensor, mark in zip(sources, marks, strict=True):
+        if mark is None or tensor is None:
+            if mark is not tensor:
+                return False
+        elif tensor is not mark[0] or tensor._version != mark[1] or tensor.data_ptr() != mark[2]:
+            return False
+    return True
+
+
+class Chain:
+    """A depthwise convolution with what follows it, up to the end of the 1x1 convolution after it; or a shorter one.
+
+    Parameters
+    ----------
+    stages : sequence of Stage
+        A depthwise and a pointwise one, or one of any convolution.
+    steps : sequence of Step or None
+        Everything the chain replaces, in order; None stands for the addition of the residual.
+    paths : dict of nn.Module to str
+        How messages name the modules.
+    fuse : str
+        As in `dsconv_ext.functional.separable_conv2d`.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], steps: Sequence[Step | None], paths: dict[nn.Module, str], fuse: str
+    ) -> None:
+        self.stages = tuple(stages)
+        self.steps = tuple(steps)
+        self.fuse = fuse
+        self.weights = Weights(self.stages)
+        self.modules = tuple((m, paths[m]) for m in self._modules())
+        self.paths = tuple(paths[stage.conv] for stage in self.stages)
+
+    def _modules(self) -> list[nn.Module]:
+        return [step.target for step in self.steps if step is not None and isinstance(step.target, nn.Module)]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for chains that compute the same."""
+        return tuple(None if s is None else (s.target, s.args, tuple(s.kwargs.items())) for s in self.steps)
+
+    def obstacle(self) -> str | None:
+        """Why the modules must be called one by one at this moment; None if they need not."""
+        return self._blocked() or ("an activation was changed" if None in self._activations() else None)
+
+    def _activations(self) -> list[Any]:
+        return [stage.spelled_activation() for stage in self.stages]
+
+    def _blocked(self) -> str | None:
+        if _has_any_global_hook():
+            return "hooks on all modules"
+        for module, path in self.modules:
+            if _has_hooks(module):
+                return f"{path} has hooks"
+            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], DepthwiseForward):
+                return f"{path} has a forward of its own"
+            if layers.is_dropout(module) and module.training:
+                return f"{path} drops values in training mode"
+        for stage, path in zip(self.stages, self.paths, strict=True):
+            if (reason := stage.obstacle()) is not None:
+                return f"{path}: {reason}"
+        return None
+
+    def __call__(self, x: Tensor, residual: Any = None) -> Tensor:
+        acts = self._activations()
+        if not isinstance(x, Tensor) or None in acts or self._blocked() is not None:
+            self.weights.forget()
+            for step in self.steps:
+                x = x + residual if step is None else step(x)
+            return x
+        return self._compute(x, residual, acts)
+
+    def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
+        first = self.stages[0].conv
+        weights, packed = self.weights()
+        if not layers.is_depthwise(first):
+            y = layers.convolve(first, x, *weights)
+            inner = self.stages[0].norm._modules.get("act")
+            return y if inner is None else inner(y)  # perhaps in place, which saves a map
+        nd = first.weight.dim() - 2
+        x, padding = layers.padded(first, x)
+        settings = first.stride, padding, first.dilation
+        if len(self.stages) == 1:
+            return functional._depthwise(nd, x, weights[0], weights[1], *settings, acts[0], packed)
+        outside = residual is not None and not self._has_output_form(residual, x, nd, settings)
+        last = "none" if outside else acts[1]
+        tensors = (x, weights[0], weights[2], weights[1], weights[3], None if outside else residual)
+        y = functional._separable(nd, tensors, *settings, acts[0], last, self.fuse, packed)
+        return activations.forward(y + residual, *activations.parse(acts[1])) if outside else y
+
+    def _has_output_form(self, residual: Any, x: Tensor, nd: int, settings: tuple[Any, ...]) -> bool:
+        """Whether the operator can add `residual`: it neither broadcasts nor promotes."""
+        if not isinstance(residual, Tensor) or residual.dtype != x.dtype or residual.dim() != x.dim():
+            return False
+        if torch._C._is_any_autocast_enabled() or residual.device != x.device:
+            return False
+        sizes_are_ints = not _is_compiling() and _jit_trace() is None
+        find_size = _cached_output_size if sizes_are_ints else _output_size
+        size = find_size(nd, x.shape[-nd:], self.stages[0].conv.weight.shape, *settings)
+        batch = x.shape[: x.dim() - nd - 1]
+        return residual.shape == (*batch, self.stages[1].conv.out_channels, *size)
+
+
+def _output_size(nd: int, size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    stride, padding, dilation = normalise(nd, stride, padding, dilation, kernel)
+    return output_size(size, kernel[2:], stride, padding, dilation)
+
+
+_cached_output_size = functools.lru_cache(maxsize=1024)(_output_size)
+
+
+class Forward:
+    """What stands in the place of the forward of a module, as an attribute of the instance."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    def __code__(self) -> Any:  # torch.export reads where a forward was written
+        return type(self.module).forward.__code__
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Forget the folded weights."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class DepthwiseForward(Forward):
+    """The forward of a depthwise convolution that stays what it is: only the arithmetic changes."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__(conv)
+        self.weights = Weights((Stage(conv),))
+
+    def forget(self) -> None:
+        self.weights.forget()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv = self.module
+        if not isinstance(x, Tensor):  # a proxy of torch.fx
+            return self.own(x)
+        if self.weights.stages[0].has_plain_weights():
+            (weight, bias), packed = self.weights()
+        else:
+            weight, bias, packed = conv.weight, conv.bias, None
+        x, padding = layers.padded(conv, x)
+        return functional._depthwise(
+            weight.dim() - 2, x, weight, bias, conv.stride, padding, conv.dilation, "none", packed
+        )
