@@ -6,7 +6,7 @@ import torch.nn.functional as TF
 
 from dsconv_ext import functional as F
 
-# N, C, H, W, stride, dilation: whole cache lines per pixel, lines that pixels share, planes of a few lines, one long row.
+# N, C, H, W, stride, dilation: whole cache lines per pixel, lines that pixels share, planes of a few lines, long rows.
 SHAPES = [(2, 32, 129, 160, 1, 1), (2, 37, 120, 131, 1, 1), (3, 56, 97, 99, 2, 1), (9, 211, 27, 28, 1, 2)]
 
 

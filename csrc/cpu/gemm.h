@@ -37,9 +37,8 @@ template <class T, int kRows>
 static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T>& e, int64_t first) {
   constexpr int kL = kLanes<T>;
   Vec<T> acc[2 * kRows];
-  unroll<2 * kRows>([&]<int i>() __attribute__((always_inline)) {
-    acc[i] = e.bias ? load(e.bias + i % 2 * kL) : splat(T(0));
-  });
+  unroll<2 * kRows>([&]<int i>()
+                        __attribute__((always_inline)) { acc[i] = e.bias ? load(e.bias + i % 2 * kL) : splat(T(0)); });
   a += first * lda;
   for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> b0 = load(panel + k * kPanel<T>), b1 = load(panel + k * kPanel<T> + kL);
@@ -58,9 +57,8 @@ static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth
   activate_vectors<2 * kRows, T>(e.activation, acc);
   T* y = e.y + first * e.y_step;
   if (kStreams && e.streamed && e.columns == kPanel<T>) {
-    unroll<2 * kRows>([&]<int i>() __attribute__((always_inline)) {
-      stream_narrow(y + i / 2 * e.y_step + i % 2 * kL, acc[i]);
-    });
+    unroll<2 * kRows>([&]<int i>()
+                          __attribute__((always_inline)) { stream_narrow(y + i / 2 * e.y_step + i % 2 * kL, acc[i]); });
   } else {
     unroll<2 * kRows>([&]<int i>() __attribute__((always_inline)) {
       const int64_t count = e.columns - i % 2 * kL;

@@ -59,7 +59,8 @@ static void gather_rows(T* a, int64_t width, const View& view, int64_t image, in
 // Do the positions of any tile lie one column apart, channels side by side, in the compute type?
 template <class S>
 DSCONV_INLINE bool has_plain_rows(const View& v, const int64_t (&size)[3]) {
-  return sizeof(S) == sizeof(Compute<S>) && v.stride[1] == 1 && (size[1] == 1 || v.stride[3] == size[2] * v.stride[4]) &&
+  return sizeof(S) == sizeof(Compute<S>) && v.stride[1] == 1 &&
+         (size[1] == 1 || v.stride[3] == size[2] * v.stride[4]) &&
          (size[0] == 1 || v.stride[2] == size[1] * v.stride[3]);
 }
 

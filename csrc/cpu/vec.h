@@ -227,11 +227,14 @@ template <class S, class T = Compute<S>>
 DSCONV_INLINE void stream_narrow(S* p, Vec<T> v) {
   const auto bits = narrowed<S>(v);
 #if defined(__F16C__)
-  if constexpr (sizeof bits == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
-  if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
+  if constexpr (sizeof bits == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
+  if constexpr (sizeof bits == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
 #endif
 #if DSCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(bits));
+  if constexpr (sizeof bits == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(bits));
 #endif
   memcpy(p, &bits, sizeof bits);
 }
