@@ -1,5 +1,9 @@
 #include "ops/common.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "machine.h"
 #include "ops/packed.h"
 #if DSCONV_CUDA
@@ -75,6 +79,18 @@ static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, con
   return Tensor(handle);
 }
 
+// A block this large is mapped anew for every call (glibc's M_MMAP_THRESHOLD ends here), and 4 KiB at a time its page
+// faults cost more than a convolution.
+constexpr int64_t kMappedBytes = 32 << 20, kHugePage = 2 << 20;
+
+static void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHugePage);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (bytes >= kMappedBytes) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+}
+
 Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
   const int64_t rank = x.dim();
   const bool channels_last = x.size(1) > 1 && x.stride(1) == 1;
@@ -90,7 +106,9 @@ Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
   stride[0] = channels_last ? step : step * max64(channels, 1);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty_strided(x, dtype, rank, size, stride);
+  Tensor y = empty_strided(x, dtype, rank, size, stride);
+  if (y.is_cpu()) prefer_huge_pages(y.data_ptr(), y.numel() * y.element_size());
+  return y;
 }
 
 Tensor empty_bytes(const Tensor& x, int64_t bytes) {
