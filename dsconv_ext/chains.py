@@ -14,29 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import activations, functional, layers
 from .functional import Activation
 from .geometry import normalise, output_size
 from .layers import Step
-from .nn import _folded, _has_hooks
+from .nn import _folded, _has_hooks, _optimizer_steps
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _jit_trace = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# Fused optimizers leave no trace on the parameters they change.
-register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class Weights:
             return self._fold(), None
         sources = [tensor for stage in self.stages for tensor in stage.sources()]
         kept = self._kept
-        if kept is not None and kept[0] == _optimizer_steps and _are_untouched(sources, kept[1]):
+        if kept is not None and kept[0] == _optimizer_steps.count and _are_untouched(sources, kept[1]):
             return kept[2], kept[3]
         folded = self._fold()
         if any(t is not None and (type(t) not in (nn.Parameter, Tensor) or t.is_inference()) for t in sources):
@@ -124,7 +112,7 @@ class Weights:
         # The alias keeps the memory, so that its address stays unique.
         marks = [None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources]
         packed = self._pack(folded)
-        self._kept = (_optimizer_steps, marks, folded, packed)
+        self._kept = (_optimizer_steps.count, marks, folded, packed)
         return folded, packed
 
     def _fold(self) -> list[Any]:

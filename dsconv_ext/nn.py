@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import activations, functional
 from .functional import Activation
@@ -16,6 +17,20 @@ from .functional import Activation
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: fused ones leave no trace on the parameters they change."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+_optimizer_steps = _OptimizerSteps()
 
 
 class _Packed:
@@ -33,8 +48,8 @@ class _PackedWeights(nn.Module):
     """A module that keeps its weights in the packed form of the kernels as long as nothing can have changed them.
 
     The packed form is used only while grad mode is off and nothing compiles, exports or transforms; it is dropped by a
-    forward in grad mode, train(), eval(), load_state_dict(), to() and the like, copy and pickle. Writes that leave no
-    trace on the parameter (``param.data``, a fused optimizer, both without any of these in between) need `repack`.
+    forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like, copy and
+    pickle. Writes that leave no trace on the parameter (``param.data``, without any of these in between) need `repack`.
     """
 
     _packed: _Packed | None = None
@@ -57,7 +72,9 @@ class _PackedWeights(nn.Module):
         packed = self._packed
         if packed is not None and packed.tensor is None:
             return None
-        key = _identity(depthwise) if pointwise is None else _identity(depthwise) + _identity(pointwise)
+        key: tuple[Any, ...] = (_optimizer_steps.count, *_identity(depthwise))
+        if pointwise is not None:
+            key += _identity(pointwise)
         if packed is None or packed.key != key:
             packed = self._packed = _pack(key, depthwise, pointwise)
         return packed.tensor

@@ -356,8 +356,9 @@ class TestPackedWeights:
     @makers
     @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adam"])
     @pytest.mark.parametrize("switch", [True, False])
-    def test_after_an_optimizer_step(self, make, optimizer, switch):
-        """A fused optimizer leaves no trace on ``_version``: forward in grad mode drops the packed form."""
+    @pytest.mark.parametrize("packed_before_step", [True, False])
+    def test_after_an_optimizer_step(self, make, optimizer, switch, packed_before_step):
+        """A fused optimizer leaves no trace on ``_version``."""
         module, x = make().eval(), image()
         steps = getattr(torch.optim, optimizer)(module.parameters(), lr=0.1, fused=True)
         for _ in range(3):
@@ -366,6 +367,8 @@ class TestPackedWeights:
                 module.train()
             y = module(x)
             y.backward(torch.randn_like(y))
+            if packed_before_step:
+                self.output(module, x)
             steps.step()
             if switch:
                 module.eval()
