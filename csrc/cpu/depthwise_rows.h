@@ -28,8 +28,8 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
   }
 }
 
-// How the outputs get where they belong: the blocks write them there; a block at a time, from a buffer in L1, where the
-// type is another or the cache lines of a streamed tensor are; or by rows that are transposed.
+// How the outputs get where they belong. direct: the blocks write them there. staged: a block at a time, from a buffer in
+// L1, where the type is narrower or pixels of a streamed tensor share cache lines. rows: transposed, some rows at a time.
 enum class Delivery { direct, staged, rows };
 
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
