@@ -44,7 +44,7 @@ WEIGHT_GRADIENT_TILES = {
 COLUMN_BLOCKS = (4, 8, 2, 1)
 # One program has all outputs of its positions, so no depthwise value is computed twice, and the sums of the taps are
 # carried by a loop, so no warp repeats them either: the tests count the multiplications of every tile in the PTX.
-FUSED_TILES = (Tile(128, 32, 8, 16), Tile(64, 32, 8, 64), Tile(64, 32, 8, 128), Tile(64, 32, 8, 256))
+FUSED_TILES = (Tile(128, 32, 8, 16), Tile(64, 32, 8, 64), Tile(64, 32, 8, 128), Tile(64, 32, 16, 256))
 WASTE = 4 / 3  # work on padding that a preferred tile may cost
 PROGRAMS = 1024  # that a weight gradient is split into: a few waves on any GPU
 SLAB = 256  # positions at least that share partial sums, which cost little then
