@@ -93,11 +93,11 @@ def onnxruntime(case: Case, pass_name: str, given: dict[str, Tensor], g: Tensor)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = ort.InferenceSession(graph(case, given), options, providers=["CPUExecutionProvider"])
     y, binding = torch.empty(output_shape(case)), session.io_binding()
-    inputs = [(node.name, given[node.name]) for node in session.get_inputs()]
-    for bind, name, t in [*((binding.bind_input, *pair) for pair in inputs), (binding.bind_output, "output", y)]:
+    bound = [(binding.bind_input, node.name, given[node.name]) for node in session.get_inputs()]
+    for bind, name, t in [*bound, (binding.bind_output, "output", y)]:
         bind(name, "cpu", 0, "float32", list(t.shape), t.data_ptr())
 
-    def work(_alive: Any = inputs) -> tuple[Tensor]:
+    def work(_alive: Any = bound) -> tuple[Tensor]:  # the binding holds addresses alone
         session.run_with_iobinding(binding)
         return (y,)
 

@@ -8,8 +8,8 @@ of the run, in turn and in random order, warm; the fastest sample counts, preemp
 
 The bound of a problem is max(FLOP / peak, bytes / bandwidth) with the bytes that the pass must move as the working set,
 between two measured sizes by logarithmic interpolation; a cold run takes the bandwidth of the largest. Neither the cost
-of a call nor the activation is part of it. A fraction slightly above 1 means that a layer beat the copy: it reads more
-than it writes, or writes past the caches.
+of a call nor the activation is part of it. A fraction slightly above 1 means that a layer beat what was measured:
+its kernel is better than ``torch.mm``, it reads more than it writes, or the machine was slower at the start.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def peer_error(name: str, case: Case) -> tuple[float, float]:
 @pytest.mark.parametrize("activation", peers.ACTIVATIONS)
 def test_peers_have_every_activation(name, activation):
     assert set(peers.ACTIVATIONS) == set(providers.ACTIVATIONS)
-    parameter = f":{0.3}" if activation in ("leaky_relu", "elu") else ""
+    parameter = ":0.3" if activation in ("leaky_relu", "elu") else ""
     words = f"mid={activation}{parameter} act={activation}{parameter} res"
     error, limit = peer_error(name, Case.parse(f"sep n2c8h9w7k3s1d1p1m2o12 nchw fp32 {words}"))
     assert error <= limit
