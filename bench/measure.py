@@ -9,8 +9,9 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import dsconv_ext
 from dsconv_ext import _loader
 
 Sample = tuple[float, int]  # seconds per call; how often the process was preempted meanwhile
+Function = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
 SAMPLES_PER_VISIT = 2
@@ -54,7 +56,7 @@ class Sampler:
         Time single calls, each after a walk over more memory than the last-level cache holds.
     """
 
-    def __init__(self, function: Callable[[], object], seconds: float = 0.003, cold: bool = False) -> None:
+    def __init__(self, function: Function, seconds: float = 0.003, cold: bool = False) -> None:
         self.function = function
         self.memory = torch.ones(2 * last_level_cache() // 4) if cold else None
         estimates = [self._sample(1)[0]]
@@ -131,8 +133,8 @@ def last_level_cache() -> int:
     return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1] in units), default=64 * 2**20)
 
 
-def surroundings() -> dict[str, Any]:
-    """Where and with what a run was made: the machine in one line, and the versions."""
+def surroundings(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Where and with what a run was made: the machine in one line, and the versions, of ``packages`` too."""
     versions = {
         "dsconv_ext": dsconv_ext.__version__,
         "torch": torch.__version__,
@@ -140,7 +142,14 @@ def surroundings() -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "dsconv_isa": _library_isa(),
     }
-    return {"machine": _machine(), "versions": versions}
+    return {"machine": _machine(), "versions": versions | {name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a module of another distribution
+        return "unknown"
 
 
 def _library_isa() -> str:

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import oracle  # noqa: E402
 from cases import Case  # noqa: E402
 from judges import Result, cast, composition, composition_sum, evaluate  # noqa: E402
+from tolerance import DTYPES as DTYPES  # noqa: E402
 from tolerance import KINK_DISTANCE, error  # noqa: E402
 
 PASSES = ("fwd", "dgrad", "wgrad", "bwd", "step")

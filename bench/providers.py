@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 import dsconv_ext.nn
 from dsconv_ext import activations, autograd, functional
 
-from .problems import ARGUMENTS, Case, arrange, oracle
+from . import peers
+from .problems import ARGUMENTS, PASSES, Case, arrange, oracle
 
 aten = torch.ops.aten
 Work = Callable[[], tuple[Tensor | None, ...]]
@@ -36,7 +38,18 @@ class Provider:
     build: Callable[[Case, str, dict[str, Tensor], Tensor], Work]
     layout: str | None = None  # the only layout it computes in; None: the one asked for
     ops: tuple[str, ...] = ("dw", "sep")
+    passes: tuple[str, ...] = PASSES
+    dtypes: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
+    packages: tuple[str, ...] = ()  # what it imports that is optional
+    settle: float = 0.002  # seconds after a visit until its threads have gone to sleep
     baseline: bool = False  # ratios are relative to the fastest of these
+
+    def takes(self, case: Case, pass_name: str) -> bool:
+        return case.op in self.ops and pass_name in self.passes and case.dtype_name in self.dtypes
+
+    def missing(self) -> list[str]:
+        """The packages it needs that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 def find(name: str) -> Provider:
@@ -262,4 +275,13 @@ PROVIDERS = {
     "dsconv-unfused": Provider(functools.partial(dsconv, fuse="never"), ops=("sep",)),
     "torch": Provider(composition, layout="nchw", baseline=True),
     "torch-channels-last": Provider(composition, layout="nhwc", baseline=True),
+    "onnxruntime": Provider(
+        peers.onnxruntime,
+        layout="nchw",
+        passes=("fwd",),
+        dtypes=("fp32",),
+        packages=("onnx", "onnxruntime"),
+        settle=0.06,  # its pool of threads spins for 35 ms
+    ),
+    "openvino": Provider(peers.openvino, passes=("fwd",), dtypes=("fp32", "bf16"), packages=("onnx", "openvino")),
 }

@@ -54,8 +54,23 @@ def print_head(console: Console, run: Row) -> None:
 def print_run(console: Console, run: Row) -> None:
     """Every row, and the geometric means."""
     print_head(console, run)
+    for roof in run.get("rooflines", []):
+        print_roofline(console, roof)
+    for name, packages in run.get("absent", {}).items():
+        console.print(f"[yellow]{name} is left out: not installed: {', '.join(packages)}", highlight=False)
     print_rows(console, run["rows"])
     print_means(console, run["rows"])
+
+
+def print_roofline(console: Console, roof: Row) -> None:
+    peaks = ", ".join(f"{name} {peak:.0f}" for name, peak in roof["peaks"].items())
+    speeds = ", ".join(f"{_size(size)} {speed:.0f}" for size, speed in roof["bandwidths"])
+    text = f"roofline, threads {roof['threads']}: GFLOP/s {peaks}; copy GB/s per working set {speeds}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
 
 
 def table(*columns: str, text: int) -> Table:
@@ -68,7 +83,7 @@ def table(*columns: str, text: int) -> Table:
 
 def print_rows(console: Console, rows: list[Row]) -> None:
     """One line per provider; what was measured side by side stands together, its problem on the first line only."""
-    columns = ("problem", "pass", "thr", "provider", "us", "p20", "p80", "GFLOP/s", "GB/s", "x best torch")
+    columns = ("problem", "pass", "thr", "provider", "us", "p20", "p80", "GFLOP/s", "GB/s", "of roof", "x best torch")
     made, before = table(*columns, text=4), None
     for row in rows:
         measured = (_without_layout(row), row["pass"], str(row["threads"]))
@@ -86,9 +101,10 @@ def _without_layout(row: Row) -> str:
 
 def _numbers(row: Row) -> tuple[str, ...]:
     if "median" not in row:
-        return f"[red]{row['status']}", *[""] * 5
+        return f"[red]{row['status']}", *[""] * 6
     times = (f"{_noisy(row)}{row['median']:.1f}", f"{row['p20']:.1f}", f"{row['p80']:.1f}")
-    return *times, f"{row['gflops']:.1f}", f"{row['gbytes']:.1f}", _ratio(row)
+    roof = "-" if row.get("roof") is None else f"{row['roof']:.2f}"
+    return *times, f"{row['gflops']:.1f}", f"{row['gbytes']:.1f}", roof, _ratio(row)
 
 
 def _noisy(row: Row) -> str:

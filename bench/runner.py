@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 
 from . import measure, problems, providers
 from .problems import Case, Layer
+from .roofline import Roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT = 300.0  # seconds until a worker has imported torch, on a busy machine
-SETTLE = 0.002  # seconds until the threads of the worker that was visited before have gone to sleep
 Row = dict[str, Any]
 
 
@@ -92,6 +92,7 @@ class Settings:
     seconds: float = 0.003
     cold: bool = False
     limit: float = 60.0
+    roofs: dict[int, Roofline] = field(default_factory=dict)  # per number of threads
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Candidate:
     case: Case
     worker: Worker
     baseline: bool
+    settle: float
     status: str = "ok"
     error: float | None = None
     detail: str = ""
@@ -126,8 +128,9 @@ class Candidate:
                 self.status = "wrong"
 
     def visit(self, pass_name: str, seconds: float, cold: bool) -> list[measure.Sample]:
-        time.sleep(SETTLE)
-        return self.ask("sample", pass_name, seconds, cold) or []
+        samples = self.ask("sample", pass_name, seconds, cold) or []
+        time.sleep(self.settle)
+        return samples
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
@@ -137,7 +140,7 @@ def run(settings: Settings) -> Iterator[list[Row]]:
     ------
     list of dict
         The rows of one measurement: one per provider and layout. `ratio` is the time of the fastest baseline provider
-        that is right, over the time of this one.
+        that is right, over the time of this one; `roof` the least time the roofline allows over it.
     """
     workers = {
         (provider, threads): Worker(provider, threads, settings.limit)
@@ -148,22 +151,24 @@ def run(settings: Settings) -> Iterator[list[Row]]:
         for layer in settings.layers:
             for threads in settings.threads:
                 for pass_name in settings.passes:
-                    chosen = candidates(layer, threads, settings.providers, workers)
+                    chosen = candidates(layer, pass_name, threads, settings.providers, workers)
                     yield measurement(chosen, pass_name, settings)
     finally:
         for worker in workers.values():
             worker.close()
 
 
-def candidates(layer: Layer, threads: int, names: list[str], workers: dict[tuple[str, int], Worker]) -> list[Candidate]:
-    """The providers of a layer, each in the layouts it takes."""
+def candidates(
+    layer: Layer, pass_name: str, threads: int, names: list[str], workers: dict[tuple[str, int], Worker]
+) -> list[Candidate]:
+    """The providers that take a layer and pass, each in the layouts it takes."""
     chosen = []
     for name in names:
         provider = providers.find(name)
-        if layer.case.op in provider.ops:
+        if provider.takes(layer.case, pass_name):
             for layout in (provider.layout,) if provider.layout else layer.layouts:
                 case = replace(layer.case, layout=layout)
-                chosen.append(Candidate(name, case, workers[name, threads], provider.baseline))
+                chosen.append(Candidate(name, case, workers[name, threads], provider.baseline, provider.settle))
     return chosen
 
 
@@ -201,8 +206,10 @@ def row(candidate: Candidate, pass_name: str, settings: Settings, best: float | 
     }
     if timing is not None:
         given |= vars(timing)
-        given["gflops"] = problems.flops(case, pass_name) / timing.median * 1e-3
-        given["gbytes"] = problems.traffic(case, pass_name) / timing.median * 1e-3
+        flops, traffic = problems.flops(case, pass_name), problems.traffic(case, pass_name)
+        given |= {"gflops": flops / timing.median * 1e-3, "gbytes": traffic / timing.median * 1e-3, "roof": None}
+        if roof := settings.roofs.get(candidate.worker.threads):
+            given["roof"] = roof.bound(flops, traffic, case.dtype_name, settings.cold) / timing.median
         if best and candidate.status == "ok":
             given["ratio"] = best / timing.median
     return given

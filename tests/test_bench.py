@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command  # noqa: E402
-from bench import measure, problems, providers, report, runner, worker  # noqa: E402
+from bench import measure, peers, plot, problems, providers, report, roofline, runner, worker  # noqa: E402
 
 SHAPE_FILES = sorted(problems.SHAPES.glob("*.txt"))
 SMALL = (
@@ -55,6 +55,9 @@ def wrong(case, pass_name, given, g):
 
 
 WRONG = providers.Provider(wrong)
+ABSENT = providers.Provider(wrong, packages=("torch", "no_such_package"))
+ROOF = roofline.Roofline(1, {"fp32": 100.0, "bf16": 200.0}, [(2**16, 80.0), (2**18, 20.0)])
+PEERS = {"onnxruntime": "nchw", "openvino": "nhwc"}
 ODD_PROVIDERS = """
 import os, time
 from bench import providers
@@ -181,20 +184,95 @@ def test_the_truth_is_summed_over_images():
 # Correctness of the providers, in this process
 
 
+def answer(name: str, case: Case, pass_name: str) -> dict:
+    """What a provider computes in this process; a skip where the processor lacks the precision."""
+    try:
+        return worker.answer(name, str(case), pass_name)
+    except peers.PrecisionRefused as refused:
+        pytest.skip(str(refused))
+
+
 @pytest.mark.parametrize("line", SMALL)
 @pytest.mark.parametrize("name", providers.PROVIDERS)
 def test_every_provider_is_right_in_every_pass(name, line):
     case = Case.parse(line)
     provider = providers.find(name)
-    if case.op not in provider.ops:
-        return
+    if provider.missing():
+        pytest.skip(f"not installed: {', '.join(provider.missing())}")
     case = replace(case, layout=provider.layout or case.layout)
-    for pass_name in problems.PASSES:
+    for pass_name in (p for p in problems.PASSES if provider.takes(case, p)):
         with torch.set_grad_enabled(pass_name == "step"):
-            answers = worker.answer(name, str(case), pass_name)
+            answers = answer(name, case, pass_name)
         assert list(answers) == problems.results(case, pass_name)
         where, error = problems.worst_error(case, pass_name, answers)
         assert error <= problems.limit(case, pass_name), f"{case} {pass_name}: {where}"
+
+
+def peer_error(name: str, case: Case) -> tuple[float, float]:
+    """The error of a peer, and the limit."""
+    if missing := providers.find(name).missing():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    case = replace(case, layout=PEERS[name])
+    return problems.worst_error(case, "fwd", answer(name, case, "fwd"))[1], problems.limit(case, "fwd")
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("activation", peers.ACTIVATIONS)
+def test_peers_have_every_activation(name, activation):
+    assert set(peers.ACTIVATIONS) == set(providers.ACTIVATIONS)
+    parameter = ":0.3" if activation in ("leaky_relu", "elu") else ""
+    words = f"mid={activation}{parameter} act={activation}{parameter} res"
+    error, limit = peer_error(name, Case.parse(f"sep n2c8h9w7k3s1d1p1m2o12 nchw fp32 {words}"))
+    assert error <= limit
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(
+    "line", ["dw n2c6w20k4s2d2p3:0 nchw fp32", "dw n1c4t5h6w7k3x1x3s1d1p1x0x1m2 nchw fp32 bias=none"]
+)
+def test_peers_take_one_and_three_dimensions(name, line):
+    error, limit = peer_error(name, Case.parse(line))
+    assert error <= limit
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(
+    "right, mutant",
+    [("Clip ({z}, zero, six)", "Relu ({z})"), ("({z}", "(first"), ("{y} = Identity ({z})", "{y} = Neg ({z})")],
+)
+def test_a_wrong_graph_is_caught(name, right, mutant, monkeypatch):
+    changed = {key: text.replace(right, mutant) for key, text in peers.ACTIVATIONS.items()}
+    monkeypatch.setattr(peers, "ACTIVATIONS", changed)
+    worker.prepare.cache_clear()
+    error, limit = peer_error(name, Case.parse("sep n2c24h9w7k3s1d1p1o24 nchw fp32 mid=relu6"))
+    worker.prepare.cache_clear()
+    assert not error <= limit
+
+
+def test_openvino_in_bfloat16_rounds_to_bfloat16():
+    """It computes in what it says: its error is bfloat16's, not float32's."""
+    line = "sep n2c24h9w7k3s1d1p1o24 nhwc {} mid=relu6"
+    single, _ = peer_error("openvino", Case.parse(line.format("fp32")))
+    half, limit = peer_error("openvino", Case.parse(line.format("bf16")))
+    assert single < 1e-5 < 1e-3 < half <= limit
+
+
+def test_another_precision_than_asked_for_is_refused(monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino.CompiledModel, "get_property", lambda *_: openvino.Type.bf16)
+    with pytest.raises(peers.PrecisionRefused, match="computes in .*bf.*16.* here, expected"):
+        peers.openvino(case := Case.parse(SMALL[0]), "fwd", *problems.tensors(case))
+
+
+def test_peers_are_left_out_of_what_they_do_not_compute():
+    chosen = {
+        (dtype, p): [name for name in PEERS if providers.find(name).takes(Case.parse(f"{SMALL[0][:-4]}{dtype}"), p)]
+        for dtype in ("fp32", "bf16", "fp16")
+        for p in ("fwd", "bwd")
+    }
+    assert chosen.pop(("fp32", "fwd")) == ["onnxruntime", "openvino"]
+    assert chosen.pop(("bf16", "fwd")) == ["openvino"]
+    assert set(map(len, chosen.values())) == {0}
 
 
 @pytest.mark.parametrize("line", [SMALL[0], SMALL[4]])
@@ -268,29 +346,65 @@ def test_a_cold_sample_is_one_call():
     assert sampler.memory.nbytes >= 2 * measure.last_level_cache()
 
 
+# The roofline
+
+
+def test_the_roofline_is_measured_in_plausible_units():
+    """No processor that runs this is outside: 0.1 to 100,000 GFLOP/s, 0.1 to 10,000 GB/s."""
+    roof = roofline.measure_here(["fp32", "bf16"], largest=2**20, rounds=1)
+    assert roof.threads == torch.get_num_threads()
+    assert [size for size, _ in roof.bandwidths] == [2**16, 2**17, 2**18, 2**19, 2**20]
+    assert all(0.1 < speed < 1e4 for _, speed in roof.bandwidths)
+    assert set(roof.peaks) == {"fp32", "bf16"} and all(0.1 < peak < 1e5 for peak in roof.peaks.values())
+    assert roof.peaks["bf16"] >= roof.peaks["fp32"]
+
+
+def test_the_bandwidth_lies_between_the_measured_ones():
+    assert [ROOF.bandwidth(size) for size in (1, 2**16, 2**18, 2**30)] == pytest.approx([80, 80, 20, 20])
+    assert ROOF.bandwidth(2**17) == pytest.approx(40)
+    assert ROOF.bandwidth(1, cold=True) == 20
+
+
+def test_the_bound_is_the_slower_of_computing_and_moving():
+    assert ROOF.bound(1e6, 1000, "fp32") == pytest.approx(10)  # microseconds: 1 MFLOP at 100 GFLOP/s
+    assert ROOF.bound(1e6, 1000, "bf16") == pytest.approx(5)
+    assert ROOF.bound(1e6, 2**20, "fp32") == pytest.approx(2**20 / 20e9 * 1e6)
+
+
+def test_rows_have_their_fraction_of_the_roofline(monkeypatch):
+    monkeypatch.setattr(runner, "Worker", Local)
+    (row,) = run([SMALL[0]], ["fwd"], ["dsconv"], roofs={1: ROOF})
+    assert row["roof"] == pytest.approx(max(row["gflops"] / 100, row["gbytes"] / 80))
+    (row,) = run([SMALL[0]], ["fwd"], ["dsconv"], roofs={2: ROOF})
+    assert row["roof"] is None
+
+
 # Runs, with worker processes
 
 
-def test_a_run_end_to_end(tmp_path, capsys):
+def test_a_run_end_to_end(tmp_path, capsys, monkeypatch):
     """Two layers through the command line: every row, saved twice, printed again, and compared with itself."""
+    monkeypatch.setattr(roofline, "measured", lambda threads, dtypes: replace(ROOF, threads=threads))
     saved, sheet = tmp_path / "out.json", tmp_path / "out.csv"
     names = ["dsconv", "torch"]
     lines = [word for line in (SMALL[0], SMALL[4]) for word in ("--problem", line)]
     options = ["--providers", ",".join(names), "--rounds", "2", "--sample-ms", "0.1", "--pass", "fwd,bwd"]
     assert command.main(["run", *lines, *options, "--json", str(saved), "--csv", str(sheet)]) == 0
     run_data = json.loads(saved.read_text())
-    assert {"machine", "versions", "arguments", "rows"} <= set(run_data)
+    assert {"machine", "versions", "arguments", "absent", "rooflines", "rows"} <= set(run_data)
+    assert roofline.load(run_data["rooflines"][0]) == ROOF
     rows = run_data["rows"]
     expected = [(op, name, p) for op in ("dw", "sep") for p in ("fwd", "bwd") for name in names]
     assert [(row["op"], row["provider"], row["pass"]) for row in rows] == expected
     for row in rows:
         assert row["status"] == "ok" and row["error"] < 1e-4 and row["threads"] == 1
-        assert (
-            row["p20"] <= row["median"] <= row["p80"] and row["gflops"] > 0 and row["gbytes"] > 0 and row["ratio"] > 0
-        )
+        assert row["p20"] <= row["median"] <= row["p80"]
+        assert all(row[key] > 0 for key in ("gflops", "gbytes", "roof", "ratio"))
     assert {row["ratio"] for row in rows if row["provider"] == "torch"} == {1.0}
     with open(sheet, encoding="utf-8") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == [row["provider"] for row in rows]
+        written = list(csv.DictReader(file))
+    for key in ("provider", "gflops", "gbytes", "roof"):
+        assert [row[key] for row in written] == [str(row[key]) for row in rows]
     printed = capsys.readouterr().out
     assert command.main(["report", str(saved)]) == 0
     assert capsys.readouterr().out.strip() == printed.strip()
@@ -319,6 +433,50 @@ def test_a_worker_that_hangs_is_killed_and_replaced(odd_providers):
 def test_a_worker_that_dies_is_reported(odd_providers):
     (row,) = run([SMALL[0]], ["fwd"], [f"{odd_providers[0]}:die"])
     assert (row["status"], row["detail"]) == ("failed", "died")
+
+
+def test_the_roofline_of_a_process_of_its_own():
+    roof = roofline.measured(1, ["fp32"])
+    assert (roof.threads, list(roof.peaks)) == (1, ["fp32"]) and len(roof.bandwidths) > 3
+
+
+def test_a_provider_whose_package_is_absent_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(runner, "Worker", Local)
+    monkeypatch.setattr(roofline, "measured", lambda threads, dtypes: ROOF)
+    absent = f"{__name__}:ABSENT"
+    options = ["--rounds", "1", "--sample-ms", "0.1", "--json", str(tmp_path / "out.json")]
+    assert command.main(["run", "--problem", SMALL[0], "--providers", f"{absent},torch", *options]) == 0
+    assert f"{absent} is left out: not installed: no_such_package" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert saved["absent"] == {absent: ["no_such_package"]}
+    assert [row["provider"] for row in saved["rows"]] == ["torch"]
+    with pytest.raises(SystemExit):
+        command.main(["run", "--problem", SMALL[0], "--providers", absent])
+    assert "no_such_package" in capsys.readouterr().err
+
+
+def test_a_roofline_that_cannot_be_measured_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "LIMIT", 0.01)
+    assert command.roofs(report.console(), problems.select([], [SMALL[0]], [], [], [], []), [1]) == {}
+    assert "no roofline with 1 threads: " in capsys.readouterr().out
+
+
+def test_the_plot_is_a_png(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(runner, "Worker", Local)
+    rows = run([SMALL[0], SMALL[2], SMALL[4]], ["fwd", "bwd"], ["dsconv", "torch"], roofs={1: ROOF})
+    saved = {"machine": "here", "rows": rows, "rooflines": [vars(ROOF)]}
+    for name, data in {"full": saved, "empty": {"machine": "here", "rows": []}}.items():
+        plot.save(str(tmp_path / name), data)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(command, "run", lambda settings: pytest.fail("something was measured"))
+    with pytest.raises(SystemExit):
+        command.main(["run", "--problem", SMALL[0], "--plot", "out.png"])
+    assert "--plot needs the package matplotlib" in capsys.readouterr().err
 
 
 def test_unknown_providers_are_refused(capsys):
