@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.1
 # The oldest torch the same binary runs with (`make smoke`).
 TORCH_OLDEST := torch==2.13.0
-EXTRAS := build test demo bench lint
+EXTRAS := build test demo bench peers lint
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -386,7 +386,7 @@ def gradients(
     if need_weight or need_bias:
         columns = weight_gradient(grad, x, weight, stride, padding, dilation, need_weight, need_bias)
         if need_bias:
-            *_, results[2] = columns.to(weight.dtype)
+            results[2] = columns[-1].to(weight.dtype)
             columns = columns[:-1]
         if need_weight:
             results[1] = torch.empty_like(weight).copy_(columns.t().reshape(weight.shape))

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -18,25 +17,27 @@ import pytest
 from conftest import ROOT
 from dsconv_ext import _build
 
-RULES = """
-rule cxx
+RULES = """\
+ninja_required_version = 1.5
+rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared $in -o $out
+  command = $cxx $in $flags -o $out
 """
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-DDSCONV_X86={int(_build.IS_X86)}", "-DDSCONV_CUDA=1"]
 
 
-def program(folder: Path, text: str) -> Path:
-    """Build what ``text``, a build.ninja, makes in ``folder`` and return its program ``driver``.
+def build(folder: Path, lines: list[str]) -> None:
+    """Build what RULES and ``lines`` of a build.ninja make in ``folder``.
 
     Only what has changed is compiled; test processes that want the same folder wait for each other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     jobs = os.environ.get("MAX_JOBS") or str(_build.max_jobs())
+    text = "\n".join([RULES, *lines, ""])
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         file = folder / "build.ninja"
@@ -46,27 +47,23 @@ def program(folder: Path, text: str) -> Path:
             [shutil.which("ninja", path=path) or "ninja", "-j", jobs], cwd=folder, capture_output=True, text=True
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    return folder / "driver"
 
 
 def load(name: str) -> ModuleType:
     """Build ``tests/<name>.cpp``, link it with the library's objects that know no torch, and import it."""
     folder = ROOT / "build" / name
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [*_build.INCLUDE_DIRS, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS, *(f"-I{path}" for path in includes)]
     sources = [s for s in _build.sources(cuda=False) if s.startswith("csrc/cpu/") or s == "csrc/machine.cpp"]
     lines = [
-        f"cxx = {os.environ.get('CXX', 'c++')}\nflags = {' '.join(flags)}{RULES}",
-        f"build {name}.o: cxx {ROOT / 'tests' / name}.cpp",
-        f"build {library.name}: link {name}.o {' '.join(map(built_object, sources))}\n",
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"build {name}.o: compile {ROOT / 'tests' / name}.cpp",
+        f"  flags = {' '.join(flags)}",
+        f"build {library.name}: link {name}.o {' '.join(map(built_object, sources))}",
+        "  flags = -shared",
     ]
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the other workers wait
-        (folder / "build.ninja").write_text("\n".join(lines))
-        done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    build(folder, lines)
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

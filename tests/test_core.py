@@ -23,15 +23,6 @@ from dsconv_ext import _build
 
 DRIVER = "tests/core/driver.cpp"
 TARGETS = ["portable", "avx2", "avx512"]
-RULES = """\
-ninja_required_version = 1.5
-rule compile
-  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = $cxx $in $flags -o $out
-"""
 
 
 @dataclass(frozen=True)
@@ -76,26 +67,28 @@ def core_sources(x86: bool) -> list[str]:
     return [*(s for s in library if x86 or _build.isa_of(s) == "baseline"), DRIVER]
 
 
-def ninja_file(variant: Variant) -> str:
-    """A build.ninja: the library's flags for each instruction set, then the variant's."""
+def ninja_lines(variant: Variant) -> list[str]:
+    """What to build: the library's flags for each instruction set, then the variant's."""
     defines = ["-DDSCONV_CUDA=0", f"-DDSCONV_X86={int(variant.x86)}"]
     includes = [f"-I{path}" for path in _build.INCLUDE_DIRS]
     common = [*_build.CXX_FLAGS, *defines, *includes, "-pthread"]
-    lines, objects = [RULES, f"cxx = {variant.compiler}"], []
+    lines, objects = [f"cxx = {variant.compiler}"], []
     for source in core_sources(variant.x86):
         is_block = Path(source).name.startswith("blocks_")
         own = variant.flags if variant.block_flags is None or not is_block else variant.block_flags
         flags = [*common, *_build.ISA_FLAGS[_build.isa_of(source)], *own]
         objects.append(source.replace("/", "_") + ".o")
         lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build driver: link {' '.join(objects)}", f"  flags = -pthread {' '.join(variant.link)}", ""]
-    return "\n".join(lines)
+    lines += [f"build driver: link {' '.join(objects)}", f"  flags = -pthread {' '.join(variant.link)}"]
+    return lines
 
 
 @functools.cache
 def build(variant: Variant) -> Path:
     """The driver, compiled as far as its sources have changed."""
-    return native.program(ROOT / "build" / f"core-{variant.name}", ninja_file(variant))
+    folder = ROOT / "build" / f"core-{variant.name}"
+    native.build(folder, ninja_lines(variant))
+    return folder / "driver"
 
 
 def drive(variant: Variant, *options: str, runner: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

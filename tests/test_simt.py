@@ -24,15 +24,6 @@ from cases import Deck
 from conftest import ROOT
 from dsconv_ext import _build
 
-RULES = """\
-ninja_required_version = 1.5
-rule compile
-  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = $cxx $in $flags -o $out
-"""
 # What runs on the device; device.cu asks the hardware and stays out.
 KERNELS = [s for s in _build.sources(cuda=True) if s.endswith(".cu") and s != "csrc/cuda/device.cu"]
 KERNELS += ["tests/simt/plants.cu"]
@@ -69,13 +60,13 @@ def cuda_include() -> Path:
     return include
 
 
-def ninja_file(variant: Variant) -> str:
+def ninja_lines(variant: Variant) -> list[str]:
     common = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDSCONV_CUDA=1"]
     common += [f"-DDSCONV_X86={int(_build.IS_X86)}", "-ffp-contract=off", *variant.flags]
     folders = [ROOT / "tests/simt/stand_in", ROOT / "tests", ROOT / "tests/core", ROOT / "csrc"]
     common += [*(f"-I{folder}" for folder in folders), f"-isystem {cuda_include()}"]
     common += [SANITIZE] * (variant is SANITIZED)
-    lines, objects = [RULES, f"cxx = {os.environ.get('CXX', 'g++')}"], []
+    lines, objects = [f"cxx = {os.environ.get('CXX', 'g++')}"], []
     for source in [*HARNESS, *KERNELS]:
         kernel = ["-include simt/device.h", "-x c++", *variant.kernel_flags] if source.endswith(".cu") else []
         objects.append(source.replace("/", "_") + ".o")
@@ -84,13 +75,15 @@ def ninja_file(variant: Variant) -> str:
     library = [s for s in _build.sources(cuda=False) if s.startswith("csrc/cpu/") or s == "csrc/machine.cpp"]
     objects += map(native.built_object, library)
     link = SANITIZE if variant is SANITIZED else ""
-    lines += [f"build driver: link {' '.join(objects)}", f"  flags = {link}", ""]
-    return "\n".join(lines)
+    lines += [f"build driver: link {' '.join(objects)}", f"  flags = {link}"]
+    return lines
 
 
 @functools.cache
 def build(variant: Variant) -> Path:
-    return native.program(ROOT / "build" / f"simt-{variant.name}", ninja_file(variant))
+    folder = ROOT / "build" / f"simt-{variant.name}"
+    native.build(folder, ninja_lines(variant))
+    return folder / "driver"
 
 
 def drive(variant: Variant, *options: str, lines: list[str] | None = None) -> subprocess.CompletedProcess:
