@@ -118,6 +118,19 @@ const char* why_not(const Row& row, const Machine& machine) {
   return row.target > machine.target ? "the processor, or DSCONV_CPU_ISA, does not allow its instruction set" : nullptr;
 }
 
+const DepthwiseProblem& with_packed(const DepthwiseProblem& p) { return p; }
+const PointwiseProblem& with_packed(const PointwiseProblem& p) { return p; }
+const DepthwiseProblem& with_packed(const SeparableProblem& p) { return p.depthwise; }
+
+// Weights that are there in packed form alone were packed for the machine's own instruction set.
+template <class Problem>
+const char* why_not_packed(const Row& row, const Problem& problem, const Machine& machine) {
+  const auto& p = with_packed(problem);
+  if (!p.packed || p.weight.data) return nullptr;
+  const bool reads_them = kernel_of<Problem>(row).reads_packed && row.target == machine.target;
+  return reads_them ? nullptr : "the weights are packed, and not for it";
+}
+
 bool is_preferred(const Row& row, const Preferred& preferred) {
   return std::find(preferred.begin(), preferred.end(), row.name) != preferred.end();
 }
@@ -147,6 +160,7 @@ const Row* choose(Pass pass, const Problem& problem, const Machine& machine, con
   for (const Row& row : kernel_table()) {
     if (row.pass != pass) continue;
     const char* reason = why_not(row, machine);
+    if (!reason) reason = why_not_packed(row, problem, machine);
     if (!reason) reason = kernel_of<Problem>(row).can_run(problem);
     double us = reason ? 0 : estimate_us(row, problem, machine);
     if (candidates) candidates->push_back({row.name, us, reason});

@@ -83,7 +83,8 @@ struct DepthwiseProblem {
   View grad_x;
   View grad_weight;
   View grad_bias;
-  const void* packed;  // weight as the target's Packer wrote it (read by the forward pass), or null
+  const void*
+      packed;  // weight as the target's Packer wrote it (read by the forward pass), or null; maybe instead of it
 };
 
 // 1x1 convolution over the positions of [N, C, D, H, W], and its weight gradient:
@@ -104,7 +105,7 @@ struct PointwiseProblem {
   View grad;
   View grad_weight;
   View grad_bias;
-  const void* packed;  // weight as the row's Packer wrote it, or null
+  const void* packed;  // as in DepthwiseProblem
 };
 
 // Depthwise, mid activation, pointwise in one pass: depthwise.y is never written, pointwise.a is never read.
@@ -128,6 +129,7 @@ struct Kernel {
   size_t (*workspace_bytes)(const Problem&, int threads);
   void (*launch)(const Problem&, const Runtime&, void* workspace);
   int64_t (*threads)(const Problem&) = nullptr;  // CUDA rows: how many work at once, if the GPU has room
+  bool reads_packed = false;                     // can do with packed weights alone
 };
 
 // Weights in the order in which a target's kernels read them (Problem::packed).

@@ -55,17 +55,16 @@ def depthwise(
     dilation: Ints,
     activation: str = "none",
     activation_param: float = 0.0,
-    packed: Tensor | None = None,
 ) -> Tensor:
     """Compute ``dsconv::depthwise``, differentiable in x, weight and bias in every mode, to any order."""
     if _is_compiling():
-        return _ops.depthwise.default(x, weight, bias, stride, padding, dilation, activation, activation_param, packed)
+        return _ops.depthwise.default(x, weight, bias, stride, padding, dilation, activation, activation_param)
     if _functorch_level() is not None or forward_ad._current_level >= 0:
-        return _transformable_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param, None)
+        return _transformable_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param)
     if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _fast_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param, None)
+        return _fast_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param)
     with _BelowAutograd():
-        return _call_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param, packed)
+        return _call_depthwise(x, weight, bias, stride, padding, dilation, activation, activation_param)
 
 
 def separable(
@@ -83,19 +82,18 @@ def separable(
     activation: str,
     activation_param: float,
     fuse: str,
-    packed: Tensor | None = None,
 ) -> Tensor:
     """Compute ``dsconv::separable``, differentiable in its first six arguments in every mode, to any order."""
     tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
     settings = (stride, padding, dilation, mid_activation, mid_param, activation, activation_param, fuse)
     if _is_compiling():
-        return _ops.separable.default(*tensors, *settings, packed)
+        return _ops.separable.default(*tensors, *settings)
     if _functorch_level() is not None or forward_ad._current_level >= 0:
-        return _transformable_separable(*tensors, *settings, None)
+        return _transformable_separable(*tensors, *settings)
     if _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _fast_separable(*tensors, *settings, None)
+        return _fast_separable(*tensors, *settings)
     with _BelowAutograd():
-        return _call_separable(*tensors, *settings, packed)
+        return _call_separable(*tensors, *settings)
 
 
 def depthwise_backward(
@@ -218,7 +216,7 @@ class _Depthwise:
     @staticmethod
     def jvp(saved: Sequence[Any], settings: Sequence[Any], x_t: Any, weight_t: Any, bias_t: Any) -> Tensor | None:
         x, weight, bias, output = saved
-        *geometry, activation, parameter, _ = settings
+        *geometry, activation, parameter = settings
         tangent = _depthwise_tangent(x, weight, x_t, weight_t, bias_t, geometry)
         if tangent is None:
             return None
@@ -256,7 +254,7 @@ class _Separable:
         residual_t: Any,
     ) -> Tensor | None:
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, output = saved
-        *geometry, mid_activation, mid_parameter, activation, parameter, _, _ = settings
+        *geometry, mid_activation, mid_parameter, activation, parameter, _ = settings
         middle_pre = depthwise(x, depthwise_weight, depthwise_bias, *geometry)
         middle = activations.forward(middle_pre, mid_activation, mid_parameter)
         middle_t = _depthwise_tangent(x, depthwise_weight, x_t, depthwise_weight_t, depthwise_bias_t, geometry)

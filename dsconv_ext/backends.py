@@ -250,7 +250,6 @@ def _depthwise(
     dilation: Any,
     activation: str,
     activation_param: float,
-    packed: Tensor | None,
 ) -> Tensor:
     check_depthwise("dsconv::depthwise", x.dim() - 2, x, weight, bias, stride, padding, dilation)
     activations.parse(activation, "dsconv::depthwise: activation")
@@ -305,7 +304,6 @@ def _separable(
     activation: str,
     activation_param: float,
     fuse: str,
-    packed: Tensor | None,
 ) -> Tensor:
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     check_separable("dsconv::separable", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
@@ -401,9 +399,9 @@ def _separable_backward(
     )
 
 
-def _pack(depthwise_weight: Tensor, pointwise_weight: Tensor | None) -> Tensor:
+def _pack(weight: Tensor, *_: Any) -> Tensor:
     """Say that there is no packed form."""
-    return depthwise_weight.new_empty(0, dtype=torch.uint8)
+    return weight.new_empty(0, dtype=torch.uint8)
 
 
 def _refusal(op: str) -> Callable[..., Any]:
@@ -430,6 +428,8 @@ def register(library: torch.library.Library) -> None:
             warnings.simplefilter("ignore")  # torch says that a kernel is overridden
             for name in computing:
                 library.impl(name, _refusal(name), {"cuda": "CPU", "cpu": "CUDA"}[_loader.forced])
+            if _loader.forced == "cuda":
+                library.impl("pack", _pack, "CPU")
     if _loader.error is not None:
         information = {"version": __version__, "cuda_compiled": False, "cuda_archs": [], "error": _loader.error}
         for name, answer in {

@@ -19,7 +19,8 @@ from . import activations, functional, layers
 from .functional import Activation
 from .geometry import normalise, output_size
 from .layers import Step
-from .nn import _folded, _has_hooks, _optimizer_steps
+from .nn import _folded, _has_hooks
+from .packing import Kept, PackedLayer, can_be_marked, is_plain
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -75,26 +76,28 @@ def _tensor(module: Any, name: str) -> Tensor | None:
 
 
 class Weights:
-    """The folded and packed weights of some stages, kept between calls without gradients.
+    """The folded weights of some stages, and their packed form, kept between calls without gradients.
 
     They are made anew once a parameter or buffer was replaced, moved or written to, after a step of any optimizer and
     after `forget`. A write through ``.data`` leaves none of these traces.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], fuse: str = "auto") -> None:
         self.stages = stages
+        self.fuse = fuse
         self.forget()
 
     def forget(self) -> None:
-        self._kept: tuple[Any, ...] | None = None
+        self._kept: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"stages": self.stages, "_kept": None}
+        return {**self.__dict__, "_kept": None}
 
-    def __call__(self) -> tuple[list[Any], Tensor | None]:
-        """Weight and bias of each stage in turn, and the packed form, if the kernels want one.
+    def __call__(self, geometry: tuple[Any, ...], acts: Sequence[Any]) -> tuple[list[Any], PackedLayer | None]:
+        """Weight and bias of each stage in turn, and the layer in packed form, if the kernels want one.
 
-        The weights must be plain.
+        The weights must be plain. `geometry` is the stride, padding and dilation of a depthwise convolution, else
+        empty; `acts` holds the activation of each stage.
         """
         if _is_compiling() or _jit_trace() is not None:
             return self._fold(), None
@@ -102,38 +105,27 @@ class Weights:
             self.forget()
             return self._fold(), None
         sources = [tensor for stage in self.stages for tensor in stage.sources()]
+        settings = (geometry, acts)
         kept = self._kept
-        if kept is not None and kept[0] == _optimizer_steps.count and _are_untouched(sources, kept[1]):
-            return kept[2], kept[3]
-        folded = self._fold()
-        if any(t is not None and (type(t) not in (nn.Parameter, Tensor) or t.is_inference()) for t in sources):
-            self.forget()
-            return folded, None
-        # The alias keeps the memory, so that its address stays unique.
-        marks = [None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources]
-        packed = self._pack(folded)
-        self._kept = (_optimizer_steps.count, marks, folded, packed)
-        return folded, packed
+        if kept is None or not kept.is_current(sources, settings):
+            folded = self._fold()
+            if not can_be_marked(sources):
+                self.forget()
+                return folded, None
+            kept = self._kept = Kept(sources, settings, (folded, self._pack(folded, geometry, acts)))
+        return kept.value
 
     def _fold(self) -> list[Any]:
         return [tensor for stage in self.stages for tensor in stage.folded()]
 
-    def _pack(self, folded: list[Any]) -> Tensor | None:
-        weights: Any = [None if t is None else t.detach() for t in folded[::2]]
-        if weights[0].device.type != "cpu" or not layers.is_depthwise(self.stages[0].conv):
+    def _pack(self, folded: list[Any], geometry: tuple[Any, ...], acts: Sequence[Any]) -> PackedLayer | None:
+        if not geometry:
             return None
-        packed = torch.ops.dsconv.pack(*weights, *[None] * (2 - len(weights)))
-        return packed if packed.numel() else None  # empty: the kernels read these weights as they are
-
-
-def _are_untouched(sources: list[Tensor | None], marks: list[Any]) -> bool:
-    for tensor, mark in zip(sources, marks, strict=True):
-        if mark is None or tensor is None:
-            if mark is not tensor:
-                return False
-        elif tensor is not mark[0] or tensor._version != mark[1] or tensor.data_ptr() != mark[2]:
-            return False
-    return True
+        weight, bias, *pointwise = folded
+        where = normalise(weight.dim() - 2, *geometry, weight.shape)
+        mid, last = (activations.parse(act) for act in ("none", *acts)[-2:])
+        groups = self.stages[0].conv.groups
+        return PackedLayer.of((weight, bias), (*pointwise, None, None)[:2], groups, where, mid, last, self.fuse)
 
 
 class Chain:
@@ -157,7 +149,7 @@ class Chain:
         self.stages = tuple(stages)
         self.steps = tuple(steps)
         self.fuse = fuse
-        self.weights = Weights(self.stages)
+        self.weights = Weights(self.stages, fuse)
         self.modules = tuple((m, paths[m]) for m in self._modules())
         self.paths = tuple(paths[stage.conv] for stage in self.stages)
 
@@ -202,20 +194,24 @@ class Chain:
 
     def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
         first = self.stages[0].conv
-        weights, packed = self.weights()
         if not layers.is_depthwise(first):
-            y = layers.convolve(first, x, *weights)
+            y = layers.convolve(first, x, *self.weights((), acts)[0])
             inner = self.stages[0].norm._modules.get("act")
             return y if inner is None else inner(y)  # perhaps in place, which saves a map
         nd = first.weight.dim() - 2
         x, padding = layers.padded(first, x)
-        settings = first.stride, padding, first.dilation
+        geometry = first.stride, padding, first.dilation
+        weights, packed = self.weights(geometry, acts)
+        if packed is not None and is_plain(x, residual):
+            y = packed(x, residual)
+            if y is not None:
+                return y
         if len(self.stages) == 1:
-            return functional._depthwise(nd, x, weights[0], weights[1], *settings, acts[0], packed)
-        outside = residual is not None and not self._has_output_form(residual, x, nd, settings)
+            return functional._depthwise(nd, x, weights[0], weights[1], *geometry, acts[0], first.in_channels)
+        outside = residual is not None and not self._has_output_form(residual, x, nd, geometry)
         last = "none" if outside else acts[1]
         tensors = (x, weights[0], weights[2], weights[1], weights[3], None if outside else residual)
-        y = functional._separable(nd, tensors, *settings, acts[0], last, self.fuse, packed)
+        y = functional._separable(nd, tensors, *geometry, acts[0], last, self.fuse, first.in_channels)
         return activations.forward(y + residual, *activations.parse(acts[1])) if outside else y
 
     def _has_output_form(self, residual: Any, x: Tensor, nd: int, settings: tuple[Any, ...]) -> bool:
@@ -275,11 +271,13 @@ class DepthwiseForward(Forward):
         conv = self.module
         if not isinstance(x, Tensor):  # a proxy of torch.fx
             return self.own(x)
-        if self.weights.stages[0].has_plain_weights():
-            (weight, bias), packed = self.weights()
-        else:
-            weight, bias, packed = conv.weight, conv.bias, None
         x, padding = layers.padded(conv, x)
-        return functional._depthwise(
-            weight.dim() - 2, x, weight, bias, conv.stride, padding, conv.dilation, "none", packed
-        )
+        geometry = conv.stride, padding, conv.dilation
+        weight, bias = conv.weight, conv.bias
+        if self.weights.stages[0].has_plain_weights():
+            packed = self.weights(geometry, ("none",))[1]
+            if packed is not None and is_plain(x):
+                y = packed(x)
+                if y is not None:
+                    return y
+        return functional._depthwise(weight.dim() - 2, x, weight, bias, *geometry, "none", conv.in_channels)

@@ -394,6 +394,12 @@ def _autocast(*tensors: Any) -> list[Any]:
     return cast_inputs(device_type, tensors) if torch.is_autocast_enabled(device_type) else list(tensors)
 
 
+def _check_channels(function: str, nd: int, x: Tensor, channels: int | None) -> None:
+    """Refuse what the weight alone would take: its filters are a multiple of fewer channels, too."""
+    if channels is not None and x.dim() > nd and x.size(-nd - 1) != channels:
+        raise ValueError(f"{function}: x: got {x.size(-nd - 1)} channels, expected {channels}")
+
+
 def _depthwise(
     nd: int,
     x: Tensor,
@@ -403,8 +409,9 @@ def _depthwise(
     padding: Any,
     dilation: Any,
     activation: Activation,
-    packed: Tensor | None = None,
+    channels: int | None = None,
 ) -> Tensor:
+    """Compute a depthwise convolution; `channels` are those that x must have, else the weight says it alone."""
     weight_shape = getattr(weight, "shape", None) if padding == "same" else None
     key = (nd, stride, padding, dilation, weight_shape, activation)
     try:
@@ -414,10 +421,10 @@ def _depthwise(
     try:
         if _is_any_autocast_enabled():
             x, weight, bias = _autocast(x, weight, bias)
-            packed = None
+        _check_channels(f"depthwise_conv{nd}d", nd, x, channels)
         if x.dim() == nd + 1:
-            return _depthwise_op(x.unsqueeze(0), weight, bias, *settings, packed).squeeze(0)
-        return _depthwise_op(x, weight, bias, *settings, packed)
+            return _depthwise_op(x.unsqueeze(0), weight, bias, *settings).squeeze(0)
+        return _depthwise_op(x, weight, bias, *settings)
     except Exception as error:
         refusal = error
     # The operator checks its tensors on every call; the message is written out only once it has refused.
@@ -435,10 +442,13 @@ def _separable(
     mid_activation: Activation,
     activation: Activation,
     fuse: str,
-    packed: Tensor | None = None,
+    channels: int | None = None,
     names: tuple[str, str] | None = None,
 ) -> Tensor:
-    """Compute a separable convolution; `names` are those of the function and of its pointwise stage in errors."""
+    """Compute a separable convolution; `names` are those of the function and of its pointwise stage in errors.
+
+    `channels` as in `_depthwise`.
+    """
     function, pointwise_name = names or _SEPARABLE_NAMES[nd]
     weight_shape = getattr(tensors[1], "shape", None) if padding == "same" else None
     key = (function, nd, stride, padding, dilation, weight_shape, mid_activation, activation, fuse)
@@ -450,12 +460,12 @@ def _separable(
     try:
         if _is_any_autocast_enabled():
             tensors = tuple(_autocast(*tensors))
-            packed = None
+        _check_channels(function, nd, tensors[0], channels)
         unbatched = tensors[0].dim() == nd + 1
         if unbatched:
             x, *weights, residual = tensors
             tensors = (x.unsqueeze(0), *weights, None if residual is None else residual.unsqueeze(0))
-        y = _separable_op(*tensors, *settings, packed)
+        y = _separable_op(*tensors, *settings)
         return y.squeeze(0) if unbatched else y
     except Exception as error:
         refusal = error

@@ -9,75 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import activations, functional
 from .functional import Activation
+from .geometry import normalise
+from .packing import Kept, PackedLayer, Sources, can_be_marked, is_plain
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-class _OptimizerSteps:
-    """Counts the steps of all optimizers: fused ones leave no trace on the parameters they change."""
+class _PackedModule(nn.Module):
+    """A module that keeps itself in the packed form of the kernels as long as nothing can have changed it.
 
-    def __init__(self) -> None:
-        self.count = 0
-        register_optimizer_step_post_hook(self._add)
-
-    def _add(self, *_: Any) -> None:
-        self.count += 1
-
-
-_optimizer_steps = _OptimizerSteps()
-
-
-class _Packed:
-    """Packed weights and what they were made from; no pytree, so that export does not look inside."""
-
-    __slots__ = ("key", "tensor", "weights")
-
-    def __init__(self, key: tuple[Any, ...], weights: tuple[Tensor, ...], tensor: Tensor | None) -> None:
-        self.key = key
-        self.weights = weights  # kept alive, so that their ids stay theirs
-        self.tensor = tensor
-
-
-class _PackedWeights(nn.Module):
-    """A module that keeps its weights in the packed form of the kernels as long as nothing can have changed them.
-
-    The packed form is used only while grad mode is off and nothing compiles, exports or transforms; it is dropped by a
-    forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like, copy and
-    pickle. Writes that leave no trace on the parameter (``param.data``, without any of these in between) need `repack`.
+    The packed form is used only while grad mode is off and nothing compiles, exports, traces or transforms; it is
+    dropped by a forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like,
+    copy and pickle. Writes that leave no trace on a parameter (``param.data``, without any of these in between) need
+    `repack`.
     """
 
-    _packed: _Packed | None = None
+    _packed: Kept | None = None
 
     def repack(self) -> None:
-        """Forget the packed weights: the next forward makes them anew.
+        """Forget the packed form: the next forward makes it anew.
 
         Needed only after a write to a parameter that PyTorch does not track, such as ``weight.data.mul_(2)``, between
         two forwards without grad mode.
         """
         self._packed = None
 
-    def _packed_weights(self, depthwise: Tensor, pointwise: Tensor | None = None) -> Tensor | None:
+    def _pack(self) -> PackedLayer | None:
+        raise NotImplementedError
+
+    def _run_packed(self, x: Tensor, residual: Tensor | None, sources: Sources, settings: Any) -> Tensor | None:
+        """Compute the packed form, which is made from `sources` and `settings`; None where this call cannot use it."""
         if _is_grad_enabled():
             if self._packed is not None and not torch.compiler.is_exporting():
                 self._packed = None
             return None
-        if _is_compiling() or _functorch_level() is not None:
+        if not is_plain(x, residual):
             return None
         packed = self._packed
-        if packed is not None and packed.tensor is None:
-            return None
-        key: tuple[Any, ...] = (_optimizer_steps.count, *_identity(depthwise))
-        if pointwise is not None:
-            key += _identity(pointwise)
-        if packed is None or packed.key != key:
-            packed = self._packed = _pack(key, depthwise, pointwise)
-        return packed.tensor
+        if packed is None or not packed.is_current(sources, settings):
+            if not can_be_marked(sources):
+                return None
+            packed = self._packed = Kept(sources, settings, self._pack())
+        layer = packed.value
+        return None if layer is None else layer(x, residual)
 
     def train(self, mode: bool = True) -> Any:
         self._packed = None
@@ -95,26 +73,12 @@ class _PackedWeights(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
-def _identity(weight: Tensor) -> tuple[Any, ...]:
-    version = None if weight.is_inference() else weight._version
-    return id(weight), weight.data_ptr(), version, weight.dtype, weight.device
-
-
-def _pack(key: tuple[Any, ...], depthwise: Tensor, pointwise: Tensor | None) -> _Packed:
-    weights = (depthwise,) if pointwise is None else (depthwise, pointwise)
-    tensor = None
-    if depthwise.device.type == "cpu" and all(type(w) is nn.Parameter for w in weights):
-        tensor = torch.ops.dsconv.pack(depthwise.detach(), None if pointwise is None else pointwise.detach())
-    # An empty answer means that the kernels read these weights as they are.
-    return _Packed(key, weights, tensor if tensor is not None and tensor.numel() else None)
-
-
 def _pad(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
     """Pad as the padding mode says, which is not "zeros"; return also the padding that is left to the operator."""
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
 
 
-class _DepthwiseConv(_PackedWeights):
+class _DepthwiseConv(_PackedModule):
     """What the three depthwise convolutions share; stands before nn.ConvNd among the bases."""
 
     _nd: ClassVar[int]
@@ -192,16 +156,29 @@ class _DepthwiseConv(_PackedWeights):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x`: [N, C, *spatial] or [C, *spatial]."""
         parameters: dict[str, Any] = self._parameters
-        if "weight" in parameters and "bias" in parameters:  # saves two calls of nn.Module.__getattr__
-            return self._conv_forward(x, parameters["weight"], parameters["bias"])
-        return self._conv_forward(x, cast(Tensor, self.weight), cast(Tensor, self.bias))
+        if "weight" not in parameters or "bias" not in parameters:  # parametrized
+            return self._conv_forward(x, cast(Tensor, self.weight), cast(Tensor, self.bias))
+        weight, bias = parameters["weight"], parameters["bias"]
+        settings = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        y = self._run_packed(x, None, (weight, bias), settings)
+        return self._conv_forward(x, weight, bias) if y is None else y
+
+    def _geometry(self) -> tuple[tuple[int, ...], ...]:
+        return normalise(self._nd, self.stride, self.padding, self.dilation, self.weight.shape)
+
+    def _pack(self) -> PackedLayer | None:
+        if self.padding_mode != "zeros":
+            return None
+        nothing = ("none", 0.0)
+        weights = (self.weight, self.bias), (None, None)
+        return PackedLayer.of(*weights, self.groups, self._geometry(), nothing, nothing)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        packed = self._packed_weights(weight)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = _pad(self, x)
-        return functional._depthwise(self._nd, x, weight, bias, self.stride, padding, self.dilation, "none", packed)
+        settings = (self.stride, padding, self.dilation, "none", self.in_channels)
+        return functional._depthwise(self._nd, x, weight, bias, *settings)
 
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -287,7 +264,7 @@ class DepthwiseConv3d(_DepthwiseConv, nn.Conv3d):
 _DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
 
 
-class _DepthwiseSeparableConv(_PackedWeights):
+class _DepthwiseSeparableConv(_PackedModule):
     """What the two depthwise-separable convolutions share."""
 
     _nd: ClassVar[int]
@@ -406,20 +383,33 @@ class _DepthwiseSeparableConv(_PackedWeights):
             y = pointwise(middle) if residual is None else pointwise(middle) + residual
             return activations.forward(y, *activations.parse(self.activation))
         first, second = depthwise._parameters, pointwise._parameters
-        packed = self._packed_weights(first["weight"], second["weight"])
+        sources = (first["weight"], first["bias"], second["weight"], second["bias"])
+        geometry = (depthwise.stride, depthwise.padding, depthwise.dilation)
+        acts = (self.mid_activation, self.activation)
+        settings = (*geometry, depthwise.groups, depthwise.padding_mode, *acts, self.fuse)
+        y = self._run_packed(x, residual, sources, settings)
+        if y is not None:
+            return y
         padding = depthwise.padding
         if depthwise.padding_mode != "zeros":
             x, padding = _pad(depthwise, x)
-        return functional._separable(
-            self._nd,
-            (x, first["weight"], second["weight"], first["bias"], second["bias"], residual),
-            depthwise.stride,
-            padding,
-            depthwise.dilation,
-            self.mid_activation,
-            self.activation,
+        tensors = (x, first["weight"], second["weight"], first["bias"], second["bias"], residual)
+        where = (depthwise.stride, padding, depthwise.dilation)
+        return functional._separable(self._nd, tensors, *where, *acts, self.fuse, depthwise.in_channels)
+
+    def _pack(self) -> PackedLayer | None:
+        depthwise: Any = self.depthwise
+        pointwise: Any = self.pointwise
+        if depthwise.padding_mode != "zeros":
+            return None
+        return PackedLayer.of(
+            (depthwise.weight, depthwise.bias),
+            (pointwise.weight, pointwise.bias),
+            depthwise.groups,
+            depthwise._geometry(),
+            activations.parse(self.mid_activation),
+            activations.parse(self.activation),
             self.fuse,
-            packed,
         )
 
     def _is_fusible(self, depthwise: nn.Module, pointwise: nn.Module) -> bool:
@@ -511,7 +501,7 @@ def _fold(function: str, argument: str, conv: Any, bn: Any) -> None:
     )
 
 
-class DepthwiseSeparableBlock2d(nn.Module):
+class DepthwiseSeparableBlock2d(_PackedModule):
     """Block of MobileNetV1: depthwise, BatchNorm, activation, 1x1 convolution, BatchNorm, activation.
 
     Parameters
@@ -531,8 +521,8 @@ class DepthwiseSeparableBlock2d(nn.Module):
 
     Notes
     -----
-    Input [N, C, H, W], output [N, K, Ho, Wo]. With both BatchNorms in eval mode they are folded into the convolutions
-    in every forward, differentiably, and one operator computes the block; batch statistics need the whole depthwise
+    Input [N, C, H, W], output [N, K, Ho, Wo]. With both BatchNorms in eval mode they are folded into the convolutions,
+    differentiably in grad mode, and one operator computes the block; batch statistics need the whole depthwise
     map, so in training mode (or if a child has hooks or was replaced) the children run one after the other.
 
     References
@@ -582,25 +572,29 @@ class DepthwiseSeparableBlock2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the block; `residual`, [N, K, Ho, Wo], is added before the last activation."""
         if not self._is_foldable():
+            self.repack()  # a BatchNorm in training mode changes its statistics without a trace
             middle = self.depthwise_bn(self.depthwise(x))
             y = self.pointwise_bn(self.pointwise(activations.forward(middle, *activations.parse(self.mid_activation))))
             y = y if residual is None else y + residual
             return activations.forward(y, *activations.parse(self.activation))
-        depthwise_weight, depthwise_bias = _folded(self.depthwise, self.depthwise_bn)
-        pointwise_weight, pointwise_bias = _folded(self.pointwise, self.pointwise_bn)
-        return functional.separable_conv2d(
-            x,
-            depthwise_weight,
-            pointwise_weight,
-            depthwise_bias,
-            pointwise_bias,
-            self.depthwise.stride,
-            self.depthwise.padding,
-            self.depthwise.dilation,
-            mid_activation=self.mid_activation,
-            activation=self.activation,
-            residual=residual,
-        )
+        conv = self.depthwise
+        sources = [t for module in self.children() for t in (*module._parameters.values(), *module._buffers.values())]
+        settings = (conv.stride, conv.padding, conv.dilation, conv.groups, self.mid_activation, self.activation)
+        y = self._run_packed(x, residual, sources, settings)
+        if y is not None:
+            return y
+        depthwise, pointwise = self._fold()
+        tensors = (x, depthwise[0], pointwise[0], depthwise[1], pointwise[1], residual)
+        acts = (self.mid_activation, self.activation)
+        where = (conv.stride, conv.padding, conv.dilation)
+        return functional._separable(2, tensors, *where, *acts, "auto", conv.in_channels)
+
+    def _fold(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _folded(self.depthwise, self.depthwise_bn), _folded(self.pointwise, self.pointwise_bn)
+
+    def _pack(self) -> PackedLayer | None:
+        acts = (activations.parse(act) for act in (self.mid_activation, self.activation))
+        return PackedLayer.of(*self._fold(), self.depthwise.groups, self.depthwise._geometry(), *acts)
 
     def _is_foldable(self) -> bool:
         children = list(self.children())

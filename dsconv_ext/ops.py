@@ -32,7 +32,7 @@ def cast_inputs(device_type: str, values: Sequence[Any]) -> list[Any]:
 def _autocast_kernel(op: Callable[..., Tensor], device_type: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
     def kernel(*args: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*cast_inputs(device_type, args[:-1]), None)  # weights were packed for their own dtype
+            return op(*cast_inputs(device_type, args))
 
     return kernel
 
@@ -83,8 +83,8 @@ def _fake_backward(tensors: int, outputs: int) -> Callable[..., tuple[Tensor | N
     return fake
 
 
-def _fake_pack(depthwise_weight: Tensor, pointwise_weight: Tensor | None) -> Tensor:
-    return depthwise_weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+def _fake_pack(weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 class _Batching(NamedTuple):
@@ -100,8 +100,6 @@ def _vmap_rule(name: str, op: Callable[..., Any], batching: _Batching) -> Callab
     forward = not name.endswith("_backward")
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        if forward:
-            args = (*args[:-1], None)  # packed weights know nothing of the folded shapes
         tensors, rest = args[: batching.tensors], args[batching.tensors :]
         size = info.batch_size
         if all(in_dims[i] is None for i in batching.weights) and not any(args[batching.need_weights]):

@@ -23,12 +23,12 @@ def reads_output(activation: tuple[str, float]) -> bool:
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", where=None) -> Tensor:
-    return ops.depthwise(x, weight, bias, *(where or geometry()), *parse_activation(activation), None)
+    return ops.depthwise(x, weight, bias, *(where or geometry()), *parse_activation(activation))
 
 
 def depthwise_backward(g, x, weight, bias, activation: str = "none", where=None, needs=(True, True, True)):
     chosen, where = parse_activation(activation), where or geometry()
-    output = ops.depthwise(x, weight, bias, *where, *chosen, None) if reads_output(chosen) else None
+    output = ops.depthwise(x, weight, bias, *where, *chosen) if reads_output(chosen) else None
     return ops.depthwise_backward(g, x, weight, bias, output, *where, *chosen, *needs)
 
 
@@ -36,7 +36,7 @@ def separable(
     x, dw, pw, dw_bias, pw_bias, residual, mid: str = "none", activation: str = "none", where=None, fuse="auto"
 ):
     chosen = (*parse_activation(mid), *parse_activation(activation))
-    return ops.separable(x, dw, pw, dw_bias, pw_bias, residual, *(where or geometry()), *chosen, fuse, None)
+    return ops.separable(x, dw, pw, dw_bias, pw_bias, residual, *(where or geometry()), *chosen, fuse)
 
 
 def separable_backward(

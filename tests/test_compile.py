@@ -24,9 +24,9 @@ def forward_arguments(op, layout, activation, requires_grad=True):
     where, param = operators.geometry(), 0.0
     if op == "dw":
         tensors = arranged(operators.depthwise_tensors(torch.float32, requires_grad), layout)
-        return operators.ops.depthwise.default, (*tensors, *where, activation, param, None)
+        return operators.ops.depthwise.default, (*tensors, *where, activation, param)
     tensors = arranged(operators.separable_tensors(torch.float32, requires_grad), layout)
-    return operators.ops.separable.default, (*tensors, *where, "silu", 0.0, activation, param, "auto", None)
+    return operators.ops.separable.default, (*tensors, *where, "silu", 0.0, activation, param, "auto")
 
 
 def backward_arguments(op, layout, activation):
@@ -35,7 +35,7 @@ def backward_arguments(op, layout, activation):
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     output = y if activation == "relu" else None
     count = 3 if op == "dw" else 6
-    settings = arguments[count:-1] if op == "dw" else arguments[count:-2]
+    settings = arguments[count:] if op == "dw" else arguments[count:-1]  # without fuse
     return (g, *arguments[:count], output, *settings, *(True,) * count)
 
 

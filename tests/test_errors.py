@@ -229,12 +229,12 @@ def test_the_operators_check_too(op, argument, value):
         call_backward(op, torch.randn(2, 8 if op == "dw" else 5, 7, 6), None, arguments)
     forward = {"dw": operators.ops.depthwise, "sep": operators.ops.separable}[op]
     with names_in_operators(argument):
-        forward(**arguments, **({} if op == "dw" else {"fuse": "auto"}), packed=None)
+        forward(**arguments, **({} if op == "dw" else {"fuse": "auto"}))
 
 
 def test_the_operator_checks_fuse():
     with names_in_operators("fuse"):
-        operators.ops.separable(**operator_arguments("sep"), fuse="sometimes", packed=None)
+        operators.ops.separable(**operator_arguments("sep"), fuse="sometimes")
 
 
 @pytest.mark.parametrize("op", ["dw", "sep"])

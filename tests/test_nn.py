@@ -429,25 +429,6 @@ class TestPackedWeights:
         assert torch.equal(self.output(module, x), inferred)
         torch.testing.assert_close(module(x), inferred, rtol=1e-5, atol=1e-6)
 
-    def test_of_wrong_provenance_are_refused(self):
-        """The operator checks what ``packed`` was made from."""
-        x, dw, pw = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
-        settings = ([1, 1], [1, 1, 1, 1], [1, 1], "none", 0.0, "none", 0.0, "auto")
-        packed = torch.ops.dsconv.pack(dw, pw)
-        expected = torch.ops.dsconv.separable(x, dw, pw, None, None, None, *settings, None)
-        torch.testing.assert_close(torch.ops.dsconv.separable(x, dw, pw, None, None, None, *settings, packed), expected)
-        if packed.numel() == 0:  # the composition reads the weights as they are
-            return
-        for wrong in (
-            packed[: packed.numel() // 2].clone(),
-            torch.zeros_like(packed),
-            torch.ops.dsconv.pack(dw, torch.randn(8, 8, 1, 1)),
-            torch.ops.dsconv.pack(dw.double(), pw.double()),
-            packed.float(),
-        ):
-            with pytest.raises(RuntimeError, match="packed: got .*expected"):
-                torch.ops.dsconv.separable(x, dw, pw, None, None, None, *settings, wrong)
-
 
 def test_training_reduces_the_loss():
     """A few steps of SGD fit a small teacher: gradients, optimizer and modules belong together."""

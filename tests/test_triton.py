@@ -290,8 +290,8 @@ for memory_format in (torch.contiguous_format, torch.channels_last):
     opcheck(ops.depthwise_wgrad_triton, (y, x, w, *where, True, True), test_utils="test_schema")
     weights = (x, w, p, b, None, None)
     opcheck(ops.separable_triton, (*weights, *where, *silu, *relu, [128, 32, 8, 16]), test_utils="test_schema")
-    opcheck(ops.depthwise.default, (x, w, b, *where, *silu, None), test_utils=tests)
-    opcheck(ops.separable.default, (*weights, *where, *silu, *relu, "auto", None), test_utils=tests)
+    opcheck(ops.depthwise.default, (x, w, b, *where, *silu), test_utils=tests)
+    opcheck(ops.separable.default, (*weights, *where, *silu, *relu, "auto"), test_utils=tests)
 """,
         **INTERPRETED,
     )

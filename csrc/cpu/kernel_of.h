@@ -20,8 +20,10 @@ DSCONV_INLINE void with_storage(DType dtype, Fn fn) {
   }
 }
 
+constexpr bool kReadsPacked = true;
+
 // Pass<S> has workspace_bytes, launch and, unless it runs everything, can_run; the kernel dispatches on the storage type.
-template <class Problem, template <class> class Pass>
+template <class Problem, template <class> class Pass, bool reads_packed = false>
 constexpr Kernel<Problem> kernel_of() {
   return {
       [](const Problem& p) {
@@ -39,6 +41,8 @@ constexpr Kernel<Problem> kernel_of() {
       [](const Problem& p, const Runtime& runtime, void* workspace) {
         with_storage(storage_of(p), [&](auto s) { Pass<decltype(s)>::launch(p, runtime, workspace); });
       },
+      nullptr,
+      reads_packed,
   };
 }
 

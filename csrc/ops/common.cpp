@@ -5,7 +5,6 @@
 #endif
 
 #include "machine.h"
-#include "ops/packed.h"
 #if DSCONV_CUDA
 #include "cuda/device.h"
 #endif
@@ -13,16 +12,6 @@
 namespace dsconv {
 
 using torch::headeronly::ScalarType;
-
-ActivationSpec parse_activation(const char* argument, const std::string& name, double param) {
-  static constexpr const char* kNames[] = {"none", "relu",      "relu6",      "hardswish", "hardsigmoid", "silu",
-                                           "gelu", "gelu_tanh", "leaky_relu", "sigmoid",   "tanh",        "elu"};
-  for (size_t i = 0; i < std::size(kNames); ++i) {
-    if (name == kNames[i]) return {static_cast<Activation>(i), param};
-  }
-  DSCONV_CHECK(false, argument, "'" + name + "'",
-               "none, relu, relu6, hardswish, hardsigmoid, silu, gelu, gelu_tanh, leaky_relu, sigmoid, tanh or elu");
-}
 
 DType dtype_of(const char* argument, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -116,55 +105,6 @@ Tensor empty_bytes(const Tensor& x, int64_t bytes) {
   return empty_strided(x, aoti_torch_dtype_uint8(), 1, &bytes, &stride);
 }
 
-DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                   const WindowArguments& arguments, ActivationSpec activation) {
-  const int64_t rank = x.dim(), spatial = rank - 2;
-  DSCONV_CHECK(rank >= 3 && rank <= 5, "x", std::to_string(rank) + " dimensions", "3 to 5: [N, C, spatial...]");
-  DepthwiseProblem p{};
-  p.dtype = dtype_of("x", x);
-  p.batch = x.size(0);
-  p.channels = x.size(1);
-  p.activation = activation;
-  IntList weight_size(rank, -1);
-  weight_size[1] = 1;
-  check_like("weight", weight, x, weight_size);
-  DSCONV_CHECK(p.channels > 0 && weight.size(0) > 0 && weight.size(0) % p.channels == 0, "weight",
-               std::to_string(weight.size(0)) + " filters", "a multiple of the ", p.channels, " channels of x");
-  p.multiplier = weight.size(0) / p.channels;
-  check_like("bias", bias, x, {weight.size(0)});
-  const auto length = static_cast<size_t>(spatial);
-  DSCONV_CHECK(arguments.stride.size() == length, "stride", std::to_string(arguments.stride.size()) + " numbers",
-               spatial);
-  DSCONV_CHECK(arguments.dilation.size() == length, "dilation", std::to_string(arguments.dilation.size()) + " numbers",
-               spatial);
-  DSCONV_CHECK(arguments.padding.size() == 2 * length, "padding", std::to_string(arguments.padding.size()) + " numbers",
-               2 * spatial);
-  Window& w = p.window;
-  for (int dim = 0; dim < 3; ++dim) {
-    const int64_t i = dim - (3 - spatial);
-    w.in[dim] = w.out[dim] = w.taps[dim] = w.stride[dim] = w.dilation[dim] = 1;
-    if (i < 0) continue;
-    w.in[dim] = x.size(2 + i);
-    w.taps[dim] = weight.size(2 + i);
-    w.stride[dim] = arguments.stride[i];
-    w.dilation[dim] = arguments.dilation[i];
-    w.pad[dim] = arguments.padding[2 * i];
-    const int64_t high = arguments.padding[2 * i + 1];
-    DSCONV_CHECK(w.in[dim] > 0, "x", "an empty spatial dimension", "at least one position");
-    DSCONV_CHECK(w.taps[dim] > 0, "weight", "an empty kernel", "at least one tap in every dimension");
-    DSCONV_CHECK(w.stride[dim] > 0, "stride", w.stride[dim], "at least 1");
-    DSCONV_CHECK(w.dilation[dim] > 0, "dilation", w.dilation[dim], "at least 1");
-    DSCONV_CHECK(w.pad[dim] >= 0 && high >= 0, "padding", min64(w.pad[dim], high), "at least 0");
-    w.out[dim] = output_size(w.in[dim], w.taps[dim], w.stride[dim], w.dilation[dim], w.pad[dim], high);
-    DSCONV_CHECK(w.out[dim] > 0, "x", "a padded size of " + std::to_string(w.in[dim] + w.pad[dim] + high),
-                 "at least the ", w.dilation[dim] * (w.taps[dim] - 1) + 1, " positions the kernel spans");
-  }
-  p.x = view_of(x);
-  p.weight = view_of(weight);
-  p.bias = view_of(bias);
-  return p;
-}
-
 const Machine& machine_of(const Tensor& x) {
   if (x.is_cpu()) return cpu_machine();
 #if DSCONV_CUDA
@@ -207,8 +147,7 @@ template void launch(const Row&, const PointwiseProblem&, const Tensor&);
 template void launch(const Row&, const SeparableProblem&, const Tensor&);
 
 template <class Problem>
-static void choose_and_launch(const char* op, Pass pass, const Problem& problem, const Tensor& x,
-                              const OptionalTensor& packed) {
+static void choose_and_launch(const char* op, Pass pass, const Problem& problem, const Tensor& x) {
   const Row* row;
   if (recording()) {
     std::vector<Candidate> candidates;
@@ -219,17 +158,14 @@ static void choose_and_launch(const char* op, Pass pass, const Problem& problem,
   }
   STD_TORCH_CHECK(row, "dsconv::", op, ": no kernel of this library runs ", name_of(pass),
                   " here: ", describe(problem));
-  if (!packed) return launch(*row, problem, x);
-  Problem with_weights = problem;
-  use_packed(packed, with_weights, *row);
-  launch(*row, with_weights, x);
+  launch(*row, problem, x);
 }
 
-void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x, const OptionalTensor& packed) {
-  choose_and_launch(op, pass, problem, x, packed);
+void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x) {
+  choose_and_launch(op, pass, problem, x);
 }
 void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x) {
-  choose_and_launch(op, pass, problem, x, std::nullopt);
+  choose_and_launch(op, pass, problem, x);
 }
 
 }  // namespace dsconv

@@ -19,7 +19,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using IntList = std::vector<int64_t>;
 
-ActivationSpec parse_activation(const char* argument, const std::string& name, double param);
 DType dtype_of(const char* argument, const Tensor& t);
 
 // The [N, C, D, H, W] view of a tensor of rank 3 to 5; a 1-d tensor (a bias) puts its stride first.
@@ -35,15 +34,6 @@ void check_like(const char* argument, const OptionalTensor& t, const Tensor& x, 
 Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial);
 Tensor empty_bytes(const Tensor& x, int64_t bytes);
 
-// Stride, padding and dilation of a convolution, per spatial dimension of x; padding holds (low, high) pairs.
-struct WindowArguments {
-  const IntList &stride, &padding, &dilation;
-};
-
-// Sizes of a depthwise convolution and everything about it that needs no output.
-DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                   const WindowArguments& arguments, ActivationSpec activation);
-
 // The spatial sizes of window.out as a tensor of x's rank has them.
 inline const int64_t* spatial_of(const Tensor& x, const int64_t (&size)[3]) { return size + 5 - x.dim(); }
 
@@ -55,8 +45,7 @@ const Machine& machine_of(const Tensor& x);
 inline bool has_kernels(const Tensor& x) { return x.is_cpu() || machine_of(x).sm > 0; }
 
 // Chooses the row of a pass and runs it on x's device and current stream. `op` names the operator in explanations.
-void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x,
-         const OptionalTensor& packed = std::nullopt);
+void run(const char* op, Pass pass, const DepthwiseProblem& problem, const Tensor& x);
 void run(const char* op, Pass pass, const PointwiseProblem& problem, const Tensor& x);
 
 // Runs a row that was chosen already.

@@ -4,35 +4,38 @@ namespace dsconv {
 
 Tensor undefined() { return Tensor(); }
 
+static DepthwiseProblem depthwise_problem(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                          const WindowArguments& arguments, ActivationSpec activation) {
+  return problem_of(depthwise_layer_for(x, weight, bias, arguments, activation), x);
+}
+
 // The composition of PyTorch operators that Python registers, for a device this library has no kernel for. It says so
 // itself.
 static Tensor depthwise_torch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
                               const IntList& padding, const IntList& dilation, const std::string& activation,
                               double activation_param) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),          from(weight),           from(bias),
-                                    from(stride),     from(padding),          from(dilation),
-                                    from(activation), from(activation_param), from(std::nullopt)};
+  std::array<StableIValue, 8> stack{from(x),       from(weight),   from(bias),       from(stride),
+                                    from(padding), from(dilation), from(activation), from(activation_param)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::depthwise_torch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec activation, const Tensor& x,
-                         const OptionalTensor& packed) {
+Tensor depthwise_forward(const char* op, DepthwiseProblem p, ActivationSpec activation, const Tensor& x) {
   p.activation = activation;
   Tensor y = empty_output(x, channels_of(p), spatial_of(x, p.window.out));
   p.y = view_of(y);
-  if (p.batch > 0) run(op, Pass::depthwise_fwd, p, x, packed);
+  if (p.batch > 0) run(op, Pass::depthwise_fwd, p, x);
   return y;
 }
 
 Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
                  const IntList& padding, const IntList& dilation, const std::string& activation,
-                 double activation_param, const OptionalTensor& packed) {
+                 double activation_param) {
   const ActivationSpec spec = parse_activation("activation", activation, activation_param);
   const DepthwiseProblem p = depthwise_problem(x, weight, bias, {stride, padding, dilation}, spec);
   if (!has_kernels(x)) return depthwise_torch(x, weight, bias, stride, padding, dilation, activation, activation_param);
-  return depthwise_forward("depthwise", p, spec, x, packed);
+  return depthwise_forward("depthwise", p, spec, x);
 }
 
 DepthwiseProblem map_problem(DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3],

@@ -3,13 +3,13 @@
 
 #include <tuple>
 
-#include "ops/common.h"
+#include "ops/layers.h"
 
 namespace dsconv {
 
 Tensor depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const IntList& stride,
                  const IntList& padding, const IntList& dilation, const std::string& activation,
-                 double activation_param, const OptionalTensor& packed);
+                 double activation_param);
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& output,
@@ -19,8 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& grad, const 
                                                       bool need_bias);
 
 // The forward of `problem` with another activation into a new tensor.
-Tensor depthwise_forward(const char* op, DepthwiseProblem problem, ActivationSpec activation, const Tensor& x,
-                         const OptionalTensor& packed = std::nullopt);
+Tensor depthwise_forward(const char* op, DepthwiseProblem problem, ActivationSpec activation, const Tensor& x);
 
 // A map as a problem of the mask pass, and `grad` times the activation's derivative at `saved` as a new tensor.
 DepthwiseProblem map_problem(DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3],

@@ -1,119 +1,125 @@
 #include "ops/packed.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "machine.h"
+#include "ops/depthwise.h"
+#include "ops/separable.h"
 
 namespace dsconv {
 namespace {
 
-// Followed by the depthwise and then by the pointwise part, each as long as its packer says.
+constexpr char kMagic[8] = {'d', 's', 'c', 'o', 'n', 'v', '0', '3'};
+
+// A part of the packed bytes: where it starts and how long it is; of no length when absent.
+struct Part {
+  int64_t offset, bytes;
+};
+
 struct Header {
   char magic[8];
-  int64_t target, dtype;
-  int64_t channels, taps[3];  // depthwise
-  int64_t out_channels;       // pointwise, 0 when there are none
+  Target target;
+  bool is_separable;
+  int64_t groups;
+  Part weight, bias, pointwise_weight, pointwise_bias;
+  int64_t bytes;         // of everything
+  SeparableLayer layer;  // without its data
 };
-static_assert(sizeof(Header) == 64);
-constexpr char kMagic[8] = {'d', 's', 'c', 'o', 'n', 'v', '0', '2'};
+static_assert(std::is_trivially_copyable_v<Header>);
 
-DepthwiseProblem depthwise_part(const Header& h) {
-  DepthwiseProblem p{};
-  p.dtype = static_cast<DType>(h.dtype);
-  p.channels = h.channels;
-  p.multiplier = 1;
-  for (int dim = 0; dim < 3; ++dim) {
-    p.window.taps[dim] = h.taps[dim];
-    p.window.stride[dim] = p.window.dilation[dim] = 1;
-  }
-  return p;
-}
-PointwiseProblem pointwise_part(const Header& h) {
-  PointwiseProblem p{};
-  p.dtype = static_cast<DType>(h.dtype);
-  p.in_channels = h.channels;
-  p.out_channels = h.out_channels;
-  return p;
-}
-int64_t depthwise_bytes(const Header& h) {
-  return round_up(packer_of<DepthwiseProblem>(static_cast<Target>(h.target)).bytes(depthwise_part(h)), 64);
-}
-int64_t pointwise_bytes(const Header& h) {
-  if (h.out_channels == 0) return 0;
-  return packer_of<PointwiseProblem>(static_cast<Target>(h.target)).bytes(pointwise_part(h));
+constexpr int64_t kAlignment = 64;
+
+// The next part of a layer whose header counts them.
+Part take_part(Header& header, int64_t bytes) {
+  const Part part{header.bytes, bytes};
+  header.bytes = round_up(header.bytes + bytes, kAlignment);
+  return part;
 }
 
-// The header of `packed`, checked against the channels, dtype and target it is to be used for; null for another target.
-const Header* header_of(const OptionalTensor& packed, DType dtype, int64_t channels, const Row& row) {
-  if (!packed || packed->numel() == 0) return nullptr;
-  const auto* header = static_cast<const Header*>(packed->data_ptr());
-  const bool readable = packed->is_cpu() && packed->element_size() == 1 && packed->is_contiguous() &&
-                        packed->numel() >= static_cast<int64_t>(sizeof(Header)) &&
+void* at(const Tensor& packed, const Part& part) { return static_cast<char*>(packed.data_ptr()) + part.offset; }
+
+View bias_at(const Tensor& packed, const Part& part) { return part.bytes ? View{at(packed, part), {1}} : View{}; }
+
+void copy_bias(const Tensor& packed, const Part& part, const View& bias, DType dtype) {
+  const int64_t size = element_size(dtype);
+  const char* from = static_cast<const char*>(bias.data);
+  char* to = static_cast<char*>(at(packed, part));
+  for (int64_t i = 0; i < part.bytes / size; ++i) std::memcpy(to + i * size, from + i * bias.stride[0] * size, size);
+}
+
+const Header& header_of(const Tensor& packed) {
+  const auto* header = static_cast<const Header*>(packed.data_ptr());
+  const bool readable = packed.is_cpu() && packed.element_size() == 1 && packed.is_contiguous() &&
+                        packed.numel() >= static_cast<int64_t>(sizeof(Header)) &&
                         std::memcmp(header->magic, kMagic, sizeof kMagic) == 0;
   DSCONV_CHECK(readable, "packed", "a tensor that dsconv::pack did not make", "its result");
-  DSCONV_CHECK(header->dtype == static_cast<int64_t>(dtype) && header->channels == channels, "packed",
-               std::to_string(header->channels) + " channels of " + name_of(static_cast<DType>(header->dtype)),
-               channels, " of ", name_of(dtype));
-  if (header->target != static_cast<int64_t>(row.target)) return nullptr;
-  const int64_t bytes = sizeof(Header) + depthwise_bytes(*header) + pointwise_bytes(*header);
-  DSCONV_CHECK(packed->numel() == bytes, "packed", std::to_string(packed->numel()) + " bytes", bytes);
-  return header;
+  DSCONV_CHECK(packed.numel() == header->bytes, "packed", std::to_string(packed.numel()) + " bytes", header->bytes);
+  DSCONV_CHECK(header->target == cpu_machine().target, "packed", name_of(header->target), name_of(cpu_machine().target),
+               ", the instruction set of this process");
+  return *header;
 }
 
 }  // namespace
 
-void use_packed(const OptionalTensor& packed, DepthwiseProblem& p, const Row& row) {
-  const Header* header = header_of(packed, p.dtype, p.channels * p.multiplier, row);
-  if (!header) return;
-  for (int dim = 0; dim < 3; ++dim) {
-    DSCONV_CHECK(header->taps[dim] == p.window.taps[dim], "packed",
-                 std::to_string(header->taps[dim]) + " taps in dimension " + std::to_string(dim), p.window.taps[dim]);
+Tensor pack(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& pointwise_weight,
+            const OptionalTensor& pointwise_bias, int64_t groups, const IntList& stride, const IntList& padding,
+            const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+            double activation_param, const std::string& fuse) {
+  DSCONV_CHECK(weight.is_cpu(), "weight", "a tensor that is not on the CPU", "a CPU tensor");
+  const ActivationSpec mid = parse_activation("mid_activation", mid_activation, mid_param);
+  const ActivationSpec last = parse_activation("activation", activation, activation_param);
+  Header header{};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  header.target = cpu_machine().target;
+  header.is_separable = pointwise_weight.has_value();
+  header.groups = groups;
+  header.bytes = round_up(sizeof header, kAlignment);
+  DepthwiseLayer depthwise = depthwise_layer(weight, bias, {stride, padding, dilation}, pointwise_weight ? mid : last);
+  DSCONV_CHECK(groups > 0 && weight.size(0) % groups == 0, "groups", groups, "a divisor of the ", weight.size(0),
+               " filters");
+  const Packer<DepthwiseProblem>& depthwise_packer = packer_of<DepthwiseProblem>(header.target);
+  const Packer<PointwiseProblem>& pointwise_packer = packer_of<PointwiseProblem>(header.target);
+  const int64_t size = element_size(depthwise.problem.dtype);
+  header.weight = take_part(header, depthwise_packer.bytes(depthwise.problem));
+  if (bias) header.bias = take_part(header, bias->numel() * size);
+  PointwiseProblem pointwise{};
+  if (pointwise_weight) {
+    pointwise = pointwise_layer(*pointwise_weight, pointwise_bias, depthwise, weight, last);
+    header.pointwise_weight = take_part(header, pointwise_packer.bytes(pointwise));
+    if (pointwise_bias) header.pointwise_bias = take_part(header, pointwise_bias->numel() * size);
   }
-  if (depthwise_bytes(*header) > 0) p.packed = header + 1;
-}
-void use_packed(const OptionalTensor& packed, PointwiseProblem& p, const Row& row) {
-  const Header* header = header_of(packed, p.dtype, p.in_channels, row);
-  if (!header) return;
-  DSCONV_CHECK(header->out_channels == p.out_channels, "packed",
-               std::to_string(header->out_channels) + " output channels", p.out_channels);
-  p.packed = reinterpret_cast<const char*>(header + 1) + depthwise_bytes(*header);
-}
-void use_packed(const OptionalTensor& packed, SeparableProblem& p, const Row& row) {
-  use_packed(packed, p.depthwise, row);
-  use_packed(packed, p.pointwise, row);
+  Tensor packed = empty_bytes(weight, header.bytes);
+  depthwise_packer.pack(depthwise.problem, at(packed, header.weight));
+  copy_bias(packed, header.bias, depthwise.problem.bias, depthwise.problem.dtype);
+  if (pointwise_weight) {
+    pointwise_packer.pack(pointwise, at(packed, header.pointwise_weight));
+    copy_bias(packed, header.pointwise_bias, pointwise.bias, pointwise.dtype);
+  }
+  depthwise.problem.weight = depthwise.problem.bias = pointwise.weight = pointwise.bias = View{};
+  header.layer = {depthwise, pointwise, parse_fuse(fuse)};
+  std::memcpy(packed.data_ptr(), &header, sizeof header);
+  return packed;
 }
 
-Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight) {
-  const Target target = cpu_machine().target;
-  const int64_t rank = depthwise_weight.dim();
-  DSCONV_CHECK(rank >= 3 && rank <= 5, "depthwise_weight", std::to_string(rank) + " dimensions", "3 to 5");
-  DSCONV_CHECK(depthwise_weight.is_cpu(), "depthwise_weight", "a tensor that is not on the CPU", "a CPU tensor");
-  Header header{{},
-                static_cast<int64_t>(target),
-                static_cast<int64_t>(dtype_of("depthwise_weight", depthwise_weight)),
-                depthwise_weight.size(0),
-                {1, 1, 1},
-                0};
-  std::memcpy(header.magic, kMagic, sizeof kMagic);
-  for (int64_t i = 2; i < rank; ++i) header.taps[5 - rank + i - 2] = depthwise_weight.size(i);
-  if (pointwise_weight) {
-    IntList size(rank, 1);
-    size[0] = header.out_channels = pointwise_weight->size(0);
-    size[1] = header.channels;
-    check_like("pointwise_weight", *pointwise_weight, depthwise_weight, size);
+Tensor run_packed(const Tensor& x, const Tensor& packed, const OptionalTensor& residual) {
+  const Header& header = header_of(packed);
+  DSCONV_CHECK(x.dim() < 2 || x.size(1) == header.groups, "x", std::to_string(x.size(1)) + " channels", header.groups);
+  const auto complete = [&](DepthwiseProblem& p) {
+    p.packed = at(packed, header.weight);
+    p.bias = bias_at(packed, header.bias);
+  };
+  if (!header.is_separable) {
+    DSCONV_CHECK(!residual, "residual", "a tensor", "none after a depthwise convolution alone");
+    DepthwiseProblem p = problem_of(header.layer.depthwise, x);
+    complete(p);
+    return depthwise_forward("depthwise", p, p.activation, x);
   }
-  Tensor packed = empty_bytes(depthwise_weight, sizeof header + depthwise_bytes(header) + pointwise_bytes(header));
-  char* out = static_cast<char*>(packed.data_ptr());
-  std::memcpy(out, &header, sizeof header);
-  DepthwiseProblem depthwise = depthwise_part(header);
-  depthwise.weight = view_of(depthwise_weight);
-  packer_of<DepthwiseProblem>(target).pack(depthwise, out += sizeof header);
-  if (pointwise_weight) {
-    PointwiseProblem pointwise = pointwise_part(header);
-    pointwise.weight = view_of(*pointwise_weight);
-    packer_of<PointwiseProblem>(target).pack(pointwise, out + depthwise_bytes(header));
-  }
-  return packed;
+  SeparableProblem p = problem_of(header.layer, x, residual);
+  complete(p.depthwise);
+  p.pointwise.packed = at(packed, header.pointwise_weight);
+  p.pointwise.bias = bias_at(packed, header.pointwise_bias);
+  return separable_forward(p, header.layer.fuse, x);
 }
 
 }  // namespace dsconv

@@ -1,18 +1,18 @@
-// Packed weights: an opaque tensor of bytes that holds a layer's weights in the order the kernels of this machine read
-// them. Its header says whose weights they are; operators check it and cache nothing.
+// Packed layers: an opaque tensor of bytes that holds a whole layer (weights in the order the kernels of this machine
+// read them, biases, window, activations), so that a call brings its input alone. Operators cache nothing.
 #pragma once
 
-#include "ops/common.h"
+#include "ops/layers.h"
 
 namespace dsconv {
 
-// Both weights of a layer, or those of a depthwise convolution alone.
-Tensor pack(const Tensor& depthwise_weight, const OptionalTensor& pointwise_weight);
+// A depthwise convolution of `groups` channels, which `activation` follows; or with a pointwise weight a separable one.
+Tensor pack(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& pointwise_weight,
+            const OptionalTensor& pointwise_bias, int64_t groups, const IntList& stride, const IntList& padding,
+            const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
+            double activation_param, const std::string& fuse);
 
-// Points problem.packed at the part of `packed` that `row` reads. Weights packed for another target are left alone; those
-// of another layer, or bytes that pack() did not write, are an error.
-void use_packed(const OptionalTensor& packed, DepthwiseProblem& problem, const Row& row);
-void use_packed(const OptionalTensor& packed, PointwiseProblem& problem, const Row& row);
-void use_packed(const OptionalTensor& packed, SeparableProblem& problem, const Row& row);
+// Refuses bytes that pack() did not write, or wrote for another machine.
+Tensor run_packed(const Tensor& x, const Tensor& packed, const OptionalTensor& residual);
 
 }  // namespace dsconv

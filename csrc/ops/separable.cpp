@@ -1,47 +1,17 @@
 #include "ops/separable.h"
 
 #include "ops/depthwise.h"
-#include "ops/packed.h"
 
 namespace dsconv {
 namespace {
-
-IntList output_sizes(const SeparableProblem& p, const Tensor& x) {
-  IntList size{p.pointwise.batch, p.pointwise.out_channels};
-  for (int64_t i = 5 - x.dim(); i < 3; ++i) size.push_back(p.depthwise.window.out[i]);
-  return size;
-}
 
 SeparableProblem separable_problem(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
                                    const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
                                    const OptionalTensor& residual, const WindowArguments& arguments, ActivationSpec mid,
                                    ActivationSpec activation) {
-  SeparableProblem p{depthwise_problem(x, depthwise_weight, depthwise_bias, arguments, mid), {}};
-  IntList weight_size(x.dim(), 1);
-  weight_size[0] = -1;
-  weight_size[1] = channels_of(p.depthwise);
-  check_like("pointwise_weight", pointwise_weight, x, weight_size);
-  PointwiseProblem& pw = p.pointwise;
-  pw.dtype = p.depthwise.dtype;
-  pw.batch = p.depthwise.batch;
-  pw.in_channels = channels_of(p.depthwise);
-  pw.out_channels = pointwise_weight.size(0);
-  DSCONV_CHECK(pw.out_channels > 0, "pointwise_weight", "no filters", "at least one");
-  for (int dim = 0; dim < 3; ++dim) pw.size[dim] = p.depthwise.window.out[dim];
-  pw.activation = activation;
-  check_like("pointwise_bias", pointwise_bias, x, {pw.out_channels});
-  check_like("residual", residual, x, output_sizes(p, x));
-  pw.weight = view_of(pointwise_weight);
-  pw.bias = view_of(pointwise_bias);
-  pw.residual = view_of(residual);
-  return p;
-}
-
-Fuse parse_fuse(const std::string& fuse) {
-  if (fuse == "auto") return Fuse::automatic;
-  if (fuse == "always") return Fuse::always;
-  DSCONV_CHECK(fuse == "never", "fuse", "'" + fuse + "'", "auto, always or never");
-  return Fuse::never;
+  const DepthwiseLayer depthwise = depthwise_layer_for(x, depthwise_weight, depthwise_bias, arguments, mid);
+  const PointwiseProblem pointwise = pointwise_layer(pointwise_weight, pointwise_bias, depthwise, x, activation);
+  return problem_of(SeparableLayer{depthwise, pointwise, Fuse::automatic}, x, residual);
 }
 
 SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& x) {
@@ -63,22 +33,12 @@ Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
 
 }  // namespace
 
-Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
-                 const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
-                 const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
-                 const std::string& mid_activation, double mid_param, const std::string& activation,
-                 double activation_param, const std::string& fuse, const OptionalTensor& packed) {
-  SeparableProblem p =
-      separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual,
-                        {stride, padding, dilation}, parse_activation("mid_activation", mid_activation, mid_param),
-                        parse_activation("activation", activation, activation_param));
-  const Fuse how = parse_fuse(fuse);
+Tensor separable_forward(SeparableProblem p, Fuse fuse, const Tensor& x) {
   Tensor y = empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
   if (p.pointwise.batch == 0) return y;
   p.pointwise.y = view_of(y);
-  const SeparableChoice choice = choose_rows(p, how, x);
+  const SeparableChoice choice = choose_rows(p, fuse, x);
   if (choice.fused) {
-    use_packed(packed, p, *choice.fused);
     launch(*choice.fused, p, x);
     return y;
   }
@@ -86,11 +46,21 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                   "dsconv::separable: no kernel of this library runs here: ", describe(p));
   Tensor map = empty_output(x, p.pointwise.in_channels, spatial_of(x, p.pointwise.size));
   p.depthwise.y = p.pointwise.a = view_of(map);
-  use_packed(packed, p.depthwise, *choice.depthwise);
-  use_packed(packed, p.pointwise, *choice.pointwise);
   launch(*choice.depthwise, p.depthwise, x);
   launch(*choice.pointwise, p.pointwise, x);
   return y;
+}
+
+Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                 const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                 const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
+                 const std::string& mid_activation, double mid_param, const std::string& activation,
+                 double activation_param, const std::string& fuse) {
+  const SeparableProblem p =
+      separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual,
+                        {stride, padding, dilation}, parse_activation("mid_activation", mid_activation, mid_param),
+                        parse_activation("activation", activation, activation_param));
+  return separable_forward(p, parse_fuse(fuse), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "ops/common.h"
+#include "ops/layers.h"
 
 namespace dsconv {
 
@@ -11,7 +11,10 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                  const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
                  const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
                  const std::string& mid_activation, double mid_param, const std::string& activation,
-                 double activation_param, const std::string& fuse, const OptionalTensor& packed);
+                 double activation_param, const std::string& fuse);
+
+// The forward of `problem` into a new tensor.
+Tensor separable_forward(SeparableProblem problem, Fuse fuse, const Tensor& x);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,

@@ -1,0 +1,131 @@
+"""Packed layers: a layer as one tensor of the kernels, kept as long as nothing can have changed what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import ops  # noqa: F401  (registers the operators)
+
+_pack = torch.ops.dsconv.pack.default
+_run_packed = torch.ops.dsconv.run_packed.default._op
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_trace = torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: fused ones leave no trace on the parameters they change."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+_optimizer_steps = _OptimizerSteps()
+
+Sources = Sequence[Tensor | None]
+
+
+class Kept:
+    """A value, and marks of the tensors and settings it was made from; no pytree, so that export does not look inside.
+
+    Marks show that a tensor was replaced, moved, resized or written to in place, and that an optimizer took a step. A
+    write through ``.data`` leaves none.
+    """
+
+    __slots__ = ("_marks", "_settings", "_steps", "value")
+
+    def __init__(self, sources: Sources, settings: Any, value: Any) -> None:
+        self.value = value
+        self._settings = settings
+        self._steps = _optimizer_steps.count
+        # The alias keeps the memory, so that its address stays unique.
+        self._marks = [None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources]
+
+    def is_current(self, sources: Sources, settings: Any) -> bool:
+        """Whether the same would be made from these."""
+        if self._steps != _optimizer_steps.count or self._settings != settings:
+            return False
+        for tensor, mark in zip(sources, self._marks, strict=True):
+            if tensor is None or mark is None:
+                if tensor is not mark:
+                    return False
+            elif tensor is not mark[0] or tensor._version != mark[1] or tensor.data_ptr() != mark[2]:
+                return False
+        return True
+
+
+def can_be_marked(sources: Sources) -> bool:
+    """Whether changes of these tensors can be seen: they are no subclasses, and no inference tensors."""
+    return all(t is None or (type(t) in (nn.Parameter, Tensor) and not t.is_inference()) for t in sources)
+
+
+def is_plain(x: Any, residual: Any = None) -> bool:
+    """Whether this is inference on ordinary tensors: nothing differentiates, transforms, casts or traces it."""
+    return (
+        not _is_compiling()
+        and type(x) is Tensor
+        and (residual is None or type(residual) is Tensor)
+        and not _is_grad_enabled()
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+        and not _is_any_autocast_enabled()
+        and _jit_trace() is None
+        and not _modes()
+    )
+
+
+class PackedLayer:
+    """A depthwise or separable convolution with all its settings, as the kernels of this machine read it."""
+
+    __slots__ = ("_bytes", "_rank")
+
+    def __init__(self, packed: Tensor, rank: int) -> None:
+        self._bytes = packed
+        self._rank = rank
+
+    @classmethod
+    def of(
+        cls,
+        depthwise: tuple[Tensor, Tensor | None],
+        pointwise: tuple[Tensor | None, Tensor | None],
+        groups: int,
+        geometry: Sequence[Sequence[int]],
+        mid_activation: tuple[str, float],
+        activation: tuple[str, float],
+        fuse: str = "auto",
+    ) -> PackedLayer | None:
+        """Pack weight and bias of a depthwise and, unless they are None, of a pointwise convolution.
+
+        None where the kernels want no packed form, and where they refuse the layer: the operators that take weights as
+        they are say why.
+        """
+        if depthwise[0].device.type != "cpu":
+            return None
+        tensors = [None if t is None else t.detach() for t in (*depthwise, *pointwise)]
+        try:
+            packed = _pack(*tensors, groups, *geometry, *mid_activation, *activation, fuse)
+        except RuntimeError:
+            return None
+        return cls(packed, depthwise[0].dim()) if packed.numel() else None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """Compute the layer; None for an input that needs the other operators: unbatched, or one they refuse, too."""
+        if x.dim() != self._rank:
+            return None
+        try:
+            return _run_packed(x, self._bytes, residual)
+        except RuntimeError:
+            return None

@@ -1,0 +1,234 @@
+"""Packed layers: the same bits as the operators that take weights as they are, used where they can be, refused else."""
+
+import pytest
+import torch
+from torch import nn as tnn
+
+import choices
+from cases import sample
+from dsconv_ext import functional, nn, packing
+from dsconv_ext.activations import parse
+from dsconv_ext.geometry import normalise
+from judges import spelled, subject
+
+pytestmark = pytest.mark.usefixtures("library")
+NOTHING = ("none", 0.0)
+PLAIN = ([1, 1], [1, 1, 1, 1], [1, 1])
+
+
+def packed_output(case, tensors):
+    pair = case.op == "sep"
+    prefix = "depthwise_" if pair else ""
+    weight = tensors[f"{prefix}weight"]
+    where = normalise(case.spatial, *case.geometry, weight.shape)
+    layer = packing.PackedLayer.of(
+        (weight, tensors.get(f"{prefix}bias")),
+        (tensors.get("pointwise_weight"), tensors.get("pointwise_bias")),
+        tensors["x"].size(1),
+        where,
+        parse(spelled(case.mid)) if pair else NOTHING,
+        parse(spelled(case.activation)),
+        case.fuse if pair else "auto",
+    )
+    return layer(tensors["x"], tensors.get("residual"))
+
+
+@pytest.mark.parametrize("case", sample("dw", 60, seed=11) + sample("sep", 60, seed=11), ids=str)
+def test_the_same_bits(case):
+    tensors = case.inputs(integer=False)
+    with torch.no_grad():
+        expected = subject(case, tensors)
+        y = packed_output(case, tensors)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("fuse", ["always", "never"])
+def test_explanations_name_the_same_rows(fuse):
+    x, dw, pw = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+    with choices.recorded() as as_they_are:
+        functional.separable_conv2d(x, dw, pw, padding=1, fuse=fuse)
+    with choices.recorded() as packed:
+        packing.PackedLayer.of((dw, None), (pw, None), 8, PLAIN, NOTHING, NOTHING, fuse)(x)
+    assert choices.chosen(packed) == choices.chosen(as_they_are)
+
+
+def test_rows_that_read_weights_as_they_are_say_so():
+    x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
+    layer = packing.PackedLayer.of((weight, None), (None, None), 8, PLAIN, NOTHING, NOTHING)
+    with choices.forced("depthwise_fwd_reference"), choices.recorded() as made:
+        layer(x)
+    assert choices.refusals(made, "depthwise_fwd_reference") == ["the weights are packed, and not for it"]
+    assert choices.chosen(made) and "depthwise_fwd_reference" not in choices.chosen(made)
+
+
+def modules():
+    return {
+        "dw": nn.DepthwiseConv2d(8, 16, 3, padding=1),
+        "sep": nn.DepthwiseSeparableConv2d(8, 12, 3, padding=1, mid_activation="relu6", activation="silu"),
+    }
+
+
+kinds = pytest.mark.parametrize("kind", ["dw", "sep"])
+
+
+def refuse(*_, **__):
+    raise AssertionError("the operator that takes weights as they are was called")
+
+
+@kinds
+def test_modules_use_them_in_inference(kind, monkeypatch):
+    module, x = modules()[kind].eval(), torch.randn(2, 8, 9, 9)
+    expected = module(x).detach()
+    monkeypatch.setattr(functional, "_depthwise", refuse)
+    monkeypatch.setattr(functional, "_separable", refuse)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(module(x), expected)
+    with pytest.raises(AssertionError):
+        module(x)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv, module: setattr(conv, "stride", (2, 1)),
+        lambda conv, module: setattr(conv, "padding", (2, 0)),
+        lambda conv, module: setattr(conv, "padding", "same"),
+        lambda conv, module: setattr(conv, "dilation", (2, 2)),
+        lambda conv, module: setattr(conv, "padding_mode", "reflect"),
+        lambda conv, module: conv.bias.add_(1),
+        lambda conv, module: setattr(conv, "bias", None),
+        lambda conv, module: setattr(module, "mid_activation", "tanh"),
+        lambda conv, module: setattr(module, "activation", ("leaky_relu", 0.3)),
+    ],
+    ids=["stride", "padding", "same", "dilation", "mode", "bias", "no bias", "mid", "activation"],
+)
+def test_a_changed_setting_shows(kind, change):
+    module, x = modules()[kind].eval(), torch.randn(2, 8, 9, 9)
+    conv = module if kind == "dw" else module.depthwise
+    with torch.no_grad():
+        module(x)
+        change(conv, module)
+        after = module(x)
+    torch.testing.assert_close(after, module(x).detach())
+
+
+@kinds
+def test_what_they_cannot_compute_is_computed(kind):
+    module, x = modules()[kind].eval(), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        expected = module(x)
+        torch.testing.assert_close(module(x[0]), expected[0])
+        torch.testing.assert_close(torch.vmap(module)(x[:, None])[:, 0], expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype is torch.bfloat16
+        if kind == "sep":
+            residual = torch.randn_like(expected)
+            torch.testing.assert_close(module(x[0], residual[0]), module(x, residual)[0])
+
+
+@kinds
+def test_a_tangent_passes_through_in_no_grad_mode(kind):
+    module, x = modules()[kind].eval(), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        module(x)
+        _, tangent = torch.func.jvp(module, (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = module(torch.autograd.forward_ad.make_dual(x, x))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert tangent.abs().sum() > 0
+
+
+@kinds
+def test_errors_are_those_of_the_functions(kind):
+    module = modules()[kind].eval()
+    module(torch.randn(2, 8, 9, 9))
+    shapes = (2, 4, 9, 9), (9, 9), (2, 8, 0, 9)
+    for wrong in (torch.randn(2, 8, 9, 9).double(), *map(torch.randn, shapes)):
+        messages = set()
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled), pytest.raises((TypeError, ValueError), match=": got") as raised:
+                module(wrong)
+            messages.add(str(raised.value))
+        assert len(messages) == 1
+
+
+@kinds
+def test_an_input_of_fewer_channels_is_refused(kind):
+    """Its filters are a multiple of them: the weight alone would not say that they are too few."""
+    module = {"dw": nn.DepthwiseConv2d(8, 8, 3), "sep": nn.DepthwiseSeparableConv2d(8, 4, 3)}[kind]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), pytest.raises(ValueError, match="x: got 4 channels, expected 8"):
+            module(torch.randn(1, 4, 5, 5))
+
+
+def test_traces_hold_the_parameters():
+    """A trace must not freeze what was packed when it was made."""
+    module, x = modules()["sep"].eval(), torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        module(x)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(module)(x)
+    assert "run_packed" not in traced.code and "separable" in traced.code
+
+
+class TestProvenance:
+    x = torch.randn(1, 8, 5, 5)
+
+    def packed(self, channels=8):
+        weight = torch.randn(channels, 1, 3, 3)
+        return torch.ops.dsconv.pack(weight, None, None, None, channels, *PLAIN, *NOTHING, *NOTHING, "auto")
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda p: p[: p.numel() // 2].clone(),
+            lambda p: p[:8].clone(),
+            lambda p: p[:0],
+            torch.zeros_like,
+            lambda p: p.float(),
+            lambda p: torch.cat([p, p]),
+            lambda p: torch.stack([p, p], 1)[:, 0],
+        ],
+        ids=["half", "magic", "nothing", "zeros", "float", "twice", "strided"],
+    )
+    def test_other_bytes_are_refused(self, spoil):
+        with pytest.raises(RuntimeError, match="packed: got .*expected"):
+            torch.ops.dsconv.run_packed(self.x, spoil(self.packed()), None)
+
+    @pytest.mark.parametrize(
+        ("x", "residual", "argument"),
+        [
+            (x[:, :4], None, "x"),
+            (x.double(), None, "x"),
+            (x[0], None, "x"),
+            (x[..., 0], None, "x"),
+            (x, x, "residual"),
+        ],
+        ids=["channels", "dtype", "unbatched", "rank", "residual"],
+    )
+    def test_other_inputs_are_refused(self, x, residual, argument):
+        with pytest.raises(RuntimeError, match=f"{argument}: got .*expected"):
+            torch.ops.dsconv.run_packed(x, self.packed(), residual)
+
+    @pytest.mark.parametrize(
+        ("changed", "value"),
+        [(0, torch.ones(8, 2, 3, 3)), (1, torch.ones(7)), (2, torch.ones(4, 7, 1, 1)), (4, 3), (5, [0, 1]), (12, "x")],
+        ids=["weight", "bias", "pointwise", "groups", "stride", "fuse"],
+    )
+    def test_pack_checks(self, changed, value):
+        arguments = [torch.randn(8, 1, 3, 3), None, None, None, 8, *PLAIN, *NOTHING, *NOTHING, "auto"]
+        arguments[changed] = value
+        with pytest.raises(RuntimeError, match=": got .*expected"):
+            torch.ops.dsconv.pack(*arguments)
+
+
+def test_nothing_is_packed_for_subclasses():
+    class Other(tnn.Parameter):
+        pass
+
+    module = modules()["dw"].eval()
+    module.weight = Other(module.weight.detach())
+    with torch.no_grad():
+        module(torch.randn(1, 8, 5, 5))
+    assert module._packed is None
