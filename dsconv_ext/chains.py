@@ -38,9 +38,11 @@ class Stage:
 
     def sources(self) -> list[Tensor | None]:
         """The tensors its folded weights are made from."""
-        tensors = [self.conv._parameters[name] for name in ("weight", "bias")]
+        tensors = [self.conv._parameters["weight"], self.conv._parameters["bias"]]
         if self.norm is not None:
-            tensors += [_tensor(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+            parameters, buffers = self.norm._parameters, self.norm._buffers  # a frozen norm has buffers alone
+            tensors += [parameters[name] if name in parameters else buffers.get(name) for name in ("weight", "bias")]
+            tensors += [buffers.get("running_mean"), buffers.get("running_var")]
         return tensors
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -70,11 +72,6 @@ class Stage:
         return "weight" in self.conv._parameters and "bias" in self.conv._parameters
 
 
-def _tensor(module: Any, name: str) -> Tensor | None:
-    parameters = module._parameters
-    return parameters[name] if name in parameters else module._buffers.get(name)
-
-
 class Weights:
     """The folded weights of some stages, and their packed form, kept between calls without gradients.
 
@@ -93,7 +90,7 @@ class Weights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
-    def __call__(self, geometry: tuple[Any, ...], acts: Sequence[Any]) -> tuple[list[Any], PackedLayer | None]:
+    def __call__(self, geometry: Any, acts: Sequence[Any]) -> tuple[list[Any], PackedLayer | None]:
         """Weight and bias of each stage in turn, and the layer in packed form, if the kernels want one.
 
         The weights must be plain. `geometry` is the stride, padding and dilation of a depthwise convolution, else
@@ -118,14 +115,15 @@ class Weights:
     def _fold(self) -> list[Any]:
         return [tensor for stage in self.stages for tensor in stage.folded()]
 
-    def _pack(self, folded: list[Any], geometry: tuple[Any, ...], acts: Sequence[Any]) -> PackedLayer | None:
+    def _pack(self, folded: list[Any], geometry: Any, acts: Sequence[Any]) -> PackedLayer | None:
         if not geometry:
             return None
         weight, bias, *pointwise = folded
-        where = normalise(weight.dim() - 2, *geometry, weight.shape)
+        stride, padding, dilation = geometry
+        where = normalise(weight.dim() - 2, stride, padding, dilation, weight.shape)
         mid, last = (activations.parse(act) for act in ("none", *acts)[-2:])
-        groups = self.stages[0].conv.groups
-        return PackedLayer.of((weight, bias), (*pointwise, None, None)[:2], groups, where, mid, last, self.fuse)
+        depthwise, second = (weight, bias), (tuple(pointwise) or (None, None))
+        return PackedLayer.of(depthwise, second, self.stages[0].conv.groups, where, mid, last, self.fuse)
 
 
 class Chain:
@@ -176,7 +174,7 @@ class Chain:
                 return f"{path} has hooks"
             if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], DepthwiseForward):
                 return f"{path} has a forward of its own"
-            if layers.is_dropout(module) and module.training:
+            if module.training and layers.is_dropout(module):
                 return f"{path} drops values in training mode"
         for stage, path in zip(self.stages, self.paths, strict=True):
             if (reason := stage.obstacle()) is not None:
@@ -203,9 +201,9 @@ class Chain:
         geometry = first.stride, padding, first.dilation
         weights, packed = self.weights(geometry, acts)
         if packed is not None and is_plain(x, residual):
-            y = packed(x, residual)
-            if y is not None:
-                return y
+            computed = packed(x, residual)
+            if computed is not None:
+                return computed
         if len(self.stages) == 1:
             return functional._depthwise(nd, x, weights[0], weights[1], *geometry, acts[0], first.in_channels)
         outside = residual is not None and not self._has_output_form(residual, x, nd, geometry)

@@ -169,15 +169,15 @@ class _DepthwiseConv(_PackedModule):
     def _pack(self) -> PackedLayer | None:
         if self.padding_mode != "zeros":
             return None
+        conv = cast(Any, self)
         nothing = ("none", 0.0)
-        weights = (self.weight, self.bias), (None, None)
-        return PackedLayer.of(*weights, self.groups, self._geometry(), nothing, nothing)
+        return PackedLayer.of((conv.weight, conv.bias), (None, None), conv.groups, self._geometry(), nothing, nothing)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = _pad(self, x)
-        settings = (self.stride, padding, self.dilation, "none", self.in_channels)
+        settings: Any = (self.stride, padding, self.dilation, "none", self.in_channels)
         return functional._depthwise(self._nd, x, weight, bias, *settings)
 
 
@@ -422,9 +422,9 @@ class _DepthwiseSeparableConv(_PackedModule):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks)
 
 
 class DepthwiseSeparableConv1d(_DepthwiseSeparableConv):
@@ -593,8 +593,8 @@ class DepthwiseSeparableBlock2d(_PackedModule):
         return _folded(self.depthwise, self.depthwise_bn), _folded(self.pointwise, self.pointwise_bn)
 
     def _pack(self) -> PackedLayer | None:
-        acts = (activations.parse(act) for act in (self.mid_activation, self.activation))
-        return PackedLayer.of(*self._fold(), self.depthwise.groups, self.depthwise._geometry(), *acts)
+        mid, last = (activations.parse(act) for act in (self.mid_activation, self.activation))
+        return PackedLayer.of(*self._fold(), self.depthwise.groups, self.depthwise._geometry(), mid, last)
 
     def _is_foldable(self) -> bool:
         children = list(self.children())
