@@ -141,6 +141,7 @@ PYBIND11_MODULE(choose_module, m) {
     for (const Row& row : kernel_table()) rows.push_back({row.name, name_of(row.pass), name_of(row.target)});
     return rows;
   });
+  m.def("detected_isa", [] { return name_of(detected_isa()); });
   m.def("choose", &choose_row);
   m.def("choose_separable", [](const SeparableProblem& p, const std::string& fuse, const Machine& machine) {
     const std::map<std::string, Fuse> wishes{
