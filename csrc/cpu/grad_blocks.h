@@ -37,8 +37,7 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   Vec<T> g[kPixels];
   unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-    g[p] = load(grad + (pixel + p) * row.g_pixel);
-    keep(g[p]);
+    g[p] = load_once(grad + (pixel + p) * row.g_pixel);
   });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
   if (row.g_ahead)
@@ -60,8 +59,7 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
     }
     unroll<kColumns>([&]<int c>() __attribute__((always_inline)) {
       if (kEdge && !(inside & (uint64_t{1} << c))) return;
-      Vec<T> value = load(column + c * row.x_step);
-      keep(value);
+      const Vec<T> value = load_once(column + c * row.x_step);
       unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
         constexpr int offset = c - t, p = offset / kStride;
         if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) sum[r * kTaps + t] += value * g[p];

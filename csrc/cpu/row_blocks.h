@@ -15,6 +15,7 @@ struct Segment {
   int64_t x;
   int64_t weight[2];  // for the first and the second output row
   int64_t low, high;  // the columns inside the tensor, counted from the column that output 0 reads first
+  uint64_t inside;    // scratch: a bit for each of those columns that the block reads
 };
 
 // A row of the input and the rows of taps that meet it.
@@ -27,7 +28,7 @@ struct InputRow {
 // The segments of up to kChain taps, sorted by the output rows they belong to: the first alone, both, the second alone.
 // Of each kind, those of kTaps taps come before those of one.
 struct SegmentGroup {
-  const Segment* begin;
+  Segment* begin;
   const Segment* end[3][2];
 };
 
@@ -59,6 +60,26 @@ struct BlockRow {
   T* total;  // scratch: the sums of the groups so far, where there are several
 };
 
+// Which of the columns from `column` on lie in [low, high): a bit for each of the first 63.
+DSCONV_INLINE uint64_t columns_inside(int64_t low, int64_t high, int64_t column) {
+  low = max64(low - column, 0);
+  high = min64(high - column, 63);
+  return high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
+}
+
+// Is the bit set? Asked where it matters: compilers would rather single out all bits first, and spill them.
+template <int bit>
+DSCONV_INLINE bool is_inside(uint64_t inside) {
+  static_assert(bit < 31);
+#if defined(__x86_64__)
+  bool set;
+  asm("testl %1, %k2" : "=@ccnz"(set) : "i"(1 << bit), "r"(inside));
+  return set;
+#else
+  return inside & (uint64_t{1} << bit);
+#endif
+}
+
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
 template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
@@ -69,9 +90,13 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
     if constexpr (kRows == 2) w[1][t] = load(weight1 + t * kLanes<T>);
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
-    if (kEdge && !(inside & (uint64_t{1} << column))) return;
-    Vec<T> value = load_wide<S>(x + column * x_step);
-    keep(value);
+    if (kEdge && !is_inside<column>(inside)) return;
+    Vec<T> value;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      value = load_once(x + column * x_step);
+    } else {
+      value = load_wide<S>(x + column * x_step);
+    }
     unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
       constexpr int offset = column - t, pixel = offset / kStride;
       if constexpr (offset >= 0 && offset % kStride == 0 && pixel < kPixels) {
@@ -85,17 +110,10 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
 // All segments of one kind. kSecond: the accumulators are those of the second row.
 template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment* end, bool second_row, Vec<T>* first,
-                                                 Vec<T>* second, const BlockRow<T>& row, const S* x, const T* weights,
-                                                 int64_t column) {
-  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+                                                 Vec<T>* second, int64_t x_step, const S* x, const T* weights) {
   for (; s != end; ++s) {
-    uint64_t inside = 0;
-    if constexpr (kEdge) {
-      const int64_t low = max64(s->low - column, 0), high = min64(s->high - column, kColumns);
-      inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
-    }
     accumulate_segment<S, kTaps, kStride, kRows, kPixels, kEdge>(
-        first, second, x + s->x, row.x_step, weights + s->weight[second_row], weights + s->weight[1], inside);
+        first, second, x + s->x, x_step, weights + s->weight[second_row], weights + s->weight[1], s->inside);
   }
   return end;
 }
@@ -109,58 +127,68 @@ constexpr bool kHasSingles = kTaps == 1 || kTaps >= 5;
 template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
+  const SegmentGroup* const groups = row.groups;  // stores of outputs would have all of these read again
+  const int64_t group_count = row.group_count, ahead_count = row.ahead_count, x_step = row.x_step;
+  const int64_t channels = row.channels, last = row.last, weight_block = row.weight_block;
+  const T* const all_bias = row.bias;
+  T* const total = row.total;
   for (; runs > 0; --runs, pixel += kPixels) {
-    const int64_t column = pixel * kStride;
+    if constexpr (kEdge) {
+      const Segment* end = groups[group_count - 1].end[2][1];
+      for (Segment* s = groups[0].begin; s != end; ++s) s->inside = columns_inside(s->low, s->high, pixel * kStride);
+    }
     T* y = static_cast<T*>(row.y) + pixel * row.y_pixel;
     int64_t y_row = row.y_row, y_pixel = row.y_pixel;
     if (row.staged) {
-      y_pixel = row.last - block_channel<T>(row.first, row.channels);
+      y_pixel = last - block_channel<T>(row.first, channels);
       y_row = kPixels * y_pixel;
-      y = row.staged - block_channel<T>(row.first, row.channels);
+      y = row.staged - block_channel<T>(row.first, channels);
     }
-    const T* weights = row.weights + row.first / kL * row.weight_block;
-    for (int64_t next = row.first; next < row.last; next += kL, weights += row.weight_block) {
-      const int64_t c = block_channel<T>(next, row.channels);
-      const S* x = static_cast<const S*>(row.x) + pixel * row.x_pixel + c;
-      for (int64_t i = 0; i < row.ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
+    const bool streamed = kVectorBytes == kBlockBytes && row.streamed && !row.staged;
+    const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
+    const T* weights = row.weights + row.first / kL * weight_block;
+    for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
+      const int64_t c = block_channel<T>(next, channels);
+      const S* x = columns + c;
+      for (int64_t i = 0; i < ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
         unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
-          __builtin_prefetch(x + row.ahead[i] + column * row.x_step, 0, 2);
+          __builtin_prefetch(x + row.ahead[i] + column * x_step, 0, 2);
         });
       }
       Vec<T> acc[kCount];
-      const Vec<T> bias = load(row.bias + c);
+      const Vec<T> bias = load(all_bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
       for (int64_t g = 0;;) {
-        const auto& end = row.groups[g].end;
-        const Segment* s = row.groups[g].begin;
+        const auto& end = groups[g].end;
+        const Segment* s = groups[g].begin;
         unroll<(kRows == 2 ? 3 : 1)>([&]<int kind>() __attribute__((always_inline)) {
           constexpr int kBoth = kind == 1 ? 2 : 1, kSecond = kind == 2;
           Vec<T>* first = acc + kSecond * kPixels;
           Vec<T>* second = acc + (kCount - kPixels);
           if constexpr (kTaps > 1)
             s = accumulate_segments<S, kTaps, kStride, kBoth, kPixels, kEdge>(s, end[kind][0], kSecond, first, second,
-                                                                              row, x, weights, column);
+                                                                              x_step, x, weights);
           if constexpr (kHasSingles<kTaps>)
-            s = accumulate_segments<S, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second, row,
-                                                                          x, weights, column);
+            s = accumulate_segments<S, 1, kStride, kBoth, kPixels, kEdge>(s, end[kind][1], kSecond, first, second,
+                                                                          x_step, x, weights);
         });
-        if (row.group_count > 1) {
+        if (group_count > 1) {
           unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-            store(row.total + i * kL, g == 0 ? acc[i] : load(row.total + i * kL) + acc[i]);
+            store(total + i * kL, g == 0 ? acc[i] : load(total + i * kL) + acc[i]);
             acc[i] = splat(T(0));
           });
         }
-        if (++g >= row.group_count) break;
+        if (++g >= group_count) break;
       }
-      if (row.group_count > 1)
-        unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(row.total + i * kL); });
+      if (group_count > 1)
+        unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
       const auto write = [&](auto put) __attribute__((always_inline)) {
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
           put(y + c + i / kPixels * y_row + i % kPixels * y_pixel, acc[i]);
         });
       };
-      if (kVectorBytes == kBlockBytes && row.streamed && !row.staged) {
+      if (streamed) {
         write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
       } else {
         write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });

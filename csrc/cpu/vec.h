@@ -32,36 +32,40 @@ constexpr int kLanes = kVectorBytes / sizeof(T);
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
+  // In memory. (A memcpy would go through the stack where `keep` follows.)
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
 
 template <class T>
 DSCONV_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  memcpy(&v, p, sizeof v);
-  return v;
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
 }
 template <class T>
 DSCONV_INLINE void store(T* p, Vec<T> v) {
-  memcpy(p, &v, sizeof v);
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
 template <class T>
 DSCONV_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
-// Keeps a loaded vector in its register: compilers would rather read memory again as the operand of every use.
-template <class V>
-DSCONV_INLINE void keep(V& v) {
-#if DSCONV_VECTOR_BYTES == 64
-  asm("" : "+v"(v));
+// Loads a vector into a register: compilers would rather read memory again as the operand of every use.
+template <class T>
+DSCONV_INLINE Vec<T> load_once(const T* p) {
+#if defined(__SANITIZE_ADDRESS__)  // which does not look into asm
+  return load(p);
+#elif defined(__AVX__)
+  Vec<T> v;
+  asm("vmovups %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const typename VecOf<T>::unaligned*>(p)));
+  return v;
 #elif defined(__SSE2__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
+  Vec<T> v;
+  asm("movups %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const typename VecOf<T>::unaligned*>(p)));
+  return v;
 #else
-  (void)v;
+  return load(p);
 #endif
 }
 
