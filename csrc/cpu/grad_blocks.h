@@ -36,9 +36,7 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
                                      Vec<T>& bias) {
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   Vec<T> g[kPixels];
-  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-    g[p] = load_once(grad + (pixel + p) * row.g_pixel);
-  });
+  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_once(grad + (pixel + p) * row.g_pixel); });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
   if (row.g_ahead)
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
@@ -52,13 +50,9 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
   unroll<kRuns>([&]<int r>() __attribute__((always_inline)) {
     const TapRun& run = row.runs[r];
     const T* column = x + run.x + pixel * row.x_pixel;
-    uint64_t inside = 0;
-    if constexpr (kEdge) {
-      const int64_t low = max64(run.low - pixel * kStride, 0), high = min64(run.high - pixel * kStride, kColumns);
-      inside = high <= low ? 0 : ((uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
-    }
+    const uint64_t inside = kEdge ? columns_inside(run.low, run.high, pixel * kStride) : 0;
     unroll<kColumns>([&]<int c>() __attribute__((always_inline)) {
-      if (kEdge && !(inside & (uint64_t{1} << c))) return;
+      if (kEdge && !is_inside<c>(inside)) return;
       const Vec<T> value = load_once(column + c * row.x_step);
       unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
         constexpr int offset = c - t, p = offset / kStride;
