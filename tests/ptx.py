@@ -136,13 +136,15 @@ def parse_variable(text: str) -> tuple[str, str, int]:
     return space, name, DTYPES[kind].itemsize * (1 if count is None else int(count or 0))
 
 
-def parse_kernel(parameters: str, body: str, shared: dict[str, int]) -> Kernel:
+@functools.cache
+def parse_kernel(parameters: str, body: str, shared: tuple[str, ...]) -> Kernel:
     declared = [parse_variable(text.strip()) for text in parameters.split(",") if text.strip()]
     kernel = Kernel({name: size for _, name, size in declared})
-    kernel.variables = {name: ("shared", offset) for name, offset in shared.items()}
+    kernel.variables = dict.fromkeys(shared, ("shared", 0))
+    kernel.variables |= {name: ("param", 0) for name in kernel.parameters}
     at = 0
     while body := body[at:].lstrip():
-        if body[0] in "{}":  # a scope; nvcc's names stay unique
+        if body[0] in "{}":  # a scope
             at = 1
             continue
         if label := re.match(r"([\w$]+):", body):
@@ -156,7 +158,9 @@ def parse_kernel(parameters: str, body: str, shared: dict[str, int]) -> Kernel:
             dtype = dtype if dtype.kind == "b" else UNSIGNED[dtype.itemsize]
             for name in re.split(r",\s*", register[2].strip()):
                 base, count = re.fullmatch(r"(%?\w+)(?:<(\d+)>)?", name).groups()
-                kernel.registers |= dict.fromkeys([f"{base}{i}" for i in range(int(count))] if count else [base], dtype)
+                for name in [f"{base}{i}" for i in range(int(count))] if count else [base]:
+                    if kernel.registers.setdefault(name, dtype) != dtype:
+                        raise PtxError(f"{name} is declared in two scopes as different types")
         elif statement.startswith(".local"):
             _, name, size = parse_variable(statement)
             kernel.variables[name] = ("local", kernel.local_bytes)
@@ -166,10 +170,10 @@ def parse_kernel(parameters: str, body: str, shared: dict[str, int]) -> Kernel:
     return kernel
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The entries of a file of PTX."""
+def parse(text: str) -> dict[str, Callable[[], Kernel]]:
+    """The entries of a file of PTX, each to be parsed when it is called."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    kernels, shared, at = {}, {}, 0
+    kernels, shared, at = {}, [], 0
     while text := text[at:].lstrip():
         if line := re.match(r"\.(version|target|address_size)[^\n]*", text):
             at = line.end()
@@ -181,7 +185,7 @@ def parse(text: str) -> dict[str, Kernel]:
                 space, name, size = parse_variable(text[: at - 1].strip())
                 if space != "shared" or size > 0:
                     raise PtxError(f"unknown declaration: {text[: at - 1]}")
-                shared[name] = 0
+                shared.append(name)
             continue
         at = start = function.end() + 1
         depth = 1
@@ -190,7 +194,8 @@ def parse(text: str) -> dict[str, Kernel]:
             at += 1
         if function[1] == "entry":
             name, parameters = re.match(r".*?\.entry\s+([\w$]+)\s*\(([^)]*)\)", function[0], re.DOTALL).groups()
-            kernels[name] = parse_kernel(parameters, text[start : at - 1], shared)
+            body = text[start : at - 1]
+            kernels[name] = functools.partial(parse_kernel, parameters, body, tuple(shared))
     return kernels
 
 
@@ -221,45 +226,54 @@ class Machine:
 
     def __init__(self, text: str):
         self.kernels = parse(text)
-        self.memory = np.zeros(0, np.uint8)
-        self.owned = np.zeros(0, bool)
+        self.clear()
 
-    def place(self, data: np.ndarray) -> int:
-        """Put ``data`` into memory; its address, a multiple of 256."""
+    def clear(self) -> None:
+        self.memory = np.zeros(0, np.uint8)
+        self.buffers = np.zeros((0, 3), np.int64)  # address, bytes and where in memory, in the order of addresses
+
+    def place(self, data: np.ndarray, address: int | None = None) -> int:
+        """Put ``data`` at an address, by default a free multiple of 256."""
         data = np.ascontiguousarray(data).view(np.uint8).ravel()
-        begin = len(self.memory) + GUARD
-        size = GUARD + -(-data.size // GUARD) * GUARD
-        self.memory = np.append(self.memory, np.full(size, 0xFF, np.uint8))
-        self.owned = np.append(self.owned, np.zeros(size, bool))
-        self.memory[begin : begin + data.size] = data
-        self.owned[begin : begin + data.size] = True
-        return begin
+        if address is None:
+            end = max((int(begin + size) for begin, size, _ in self.buffers), default=0)
+            address = -(-end // GUARD) * GUARD + GUARD
+        buffers = [*self.buffers, (address, data.size, len(self.memory))]
+        self.buffers = np.array(sorted(buffers, key=lambda buffer: buffer[0]), np.int64)
+        self.memory = np.append(self.memory, data)
+        return address
 
     def fetch(self, address: int, like: np.ndarray) -> np.ndarray:
         """What is at ``address``, of the shape and dtype of ``like``."""
-        return self.memory[address : address + like.nbytes].view(like.dtype).reshape(like.shape).copy()
+        at = self.bytes_at(np.array([address]), like.nbytes, 1)
+        return self.memory[at].view(like.dtype).reshape(like.shape)
 
     def launch(self, name: str, parameters: bytes, *, threads: int, blocks: int = 1, shared_bytes: int = 0) -> None:
-        kernel = self.kernels[name]
+        kernel = self.kernels[name]()
         if len(kernel.parameters) > 1 or len(parameters) != sum(kernel.parameters.values()):
             raise PtxError(f"{name} has parameters {kernel.parameters}; one of {len(parameters)} bytes was given")
         if threads % WARP:
             raise PtxError(f"{threads} threads are no whole number of warps")
         for index in range(blocks):
-            size = len(self.memory)
+            size, buffers = len(self.memory), self.buffers
             block = Block(self, kernel, parameters, threads, (index, blocks), shared_bytes)
             with np.errstate(all="ignore"):
                 block.run()
-            self.memory, self.owned = self.memory[:size], self.owned[:size]
+            self.memory, self.buffers = self.memory[:size], buffers
 
     def bytes_at(self, address: np.ndarray, size: int, alignment: int) -> np.ndarray:
         """The indices of ``size`` bytes of each address, all of which must be in a buffer."""
-        at = address.astype(np.int64)[:, None] + np.arange(size)
-        if (address % np.uint64(alignment)).any():
+        address = address.astype(np.int64)
+        if (address % alignment).any():
             raise PtxError(f"misaligned access of {alignment} bytes")
-        if size > 0 and not (at.min() >= 0 and at.max() < len(self.memory) and self.owned[at].all()):
+        if size == 0:
+            return np.zeros((len(address), 0), np.int64)
+        begins, sizes, where = self.buffers.T
+        buffer = np.searchsorted(begins, address, side="right") - 1
+        offset = address - begins[buffer]
+        if (buffer < 0).any() or (offset + size > sizes[buffer]).any():
             raise PtxError("access outside every buffer")
-        return at
+        return (where[buffer] + offset)[:, None] + np.arange(size)
 
 
 class Block:
@@ -287,7 +301,7 @@ class Block:
         shared = machine.place(np.full(shared_bytes, 0xFF, np.uint8))
         local = machine.place(np.full(kernel.local_bytes * threads, 0xFF, np.uint8))
         # Addresses of a state space begin at 0: where that is in memory.
-        self.window = {"shared": np.uint64(shared), "global": np.uint64(0), None: np.uint64(0)}
+        self.window = dict.fromkeys(("global", "param", None), np.uint64(0)) | {"shared": np.uint64(shared)}
         self.window["local"] = np.uint64(local) + index.astype(np.uint64) * np.uint64(kernel.local_bytes)
         self.copies: list[tuple[np.ndarray, ...]] = []  # threads, to, from, size, bytes, group
         self.groups = np.zeros(threads, np.int64)
@@ -372,6 +386,13 @@ class Block:
             raise PtxError(f"{register} does not hold {value.dtype}")
         np.copyto(to, value.astype(to.dtype), where=mask)
 
+    def write_some(self, registers: list[str], mask: np.ndarray, values: np.ndarray) -> None:
+        """``values``: those of the threads of the mask, one of each register."""
+        for i, register in enumerate(registers):
+            whole = np.zeros(self.threads, values.dtype)
+            whole[mask] = values[:, i]
+            self.write(register, mask, whole)
+
     def addresses(self, operand: Address, space: str | None, mask: np.ndarray) -> np.ndarray:
         """Where in memory the operand points, of the threads of the mask."""
         wide = operand.base in self.registers and self.registers[operand.base].dtype.itemsize == 8
@@ -434,7 +455,6 @@ ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
     rf"or{BITS}": lambda a, b: a | b,
     rf"xor{BITS}": lambda a, b: a ^ b,
     rf"not{BITS}": lambda a: ~a,
-    r"mov\.(?P<kind>[busf](?:16|32|64)|pred)": lambda a: a,
 }
 
 
@@ -466,7 +486,17 @@ def shift(block, mask, to, value, by, *, direction, kind):
     block.write(to, mask, np.asarray(shifted).astype(value.dtype))
 
 
-# The second half are true of NaN as well.
+@instruction(r"bfi\.b32")
+def insert_bits(block, mask, to, value, around, position, length):
+    value, around = block.read(value, "b32"), block.read(around, "b32")
+    position, length = (
+        np.minimum(block.read(n, "u32").astype(np.uint64) & np.uint64(0xFF), 32) for n in (position, length)
+    )
+    field = ((np.uint64(1) << length) - np.uint64(1)) << position
+    inserted = (value.astype(np.uint64) << position & field) | (around & ~field)
+    block.write(to, mask, np.asarray(inserted).astype(np.uint32))
+
+
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 
@@ -479,6 +509,23 @@ def compare(block, mask, to, a, b, *, how, unordered, kind):
     block.write(to, mask, np.asarray(result | nan if unordered else result & ~nan))
 
 
+@instruction(r"mov\.(?P<kind>[busf](?:16|32|64)|pred)")
+def move(block, mask, to, value, *, kind):
+    """Registers in braces are parts of a whole, the lowest first."""
+    if isinstance(value, list):
+        whole, bits = UNSIGNED[DTYPES[kind].itemsize], 8 * DTYPES[kind].itemsize // len(value)
+        parts = [block.read(part, f"b{bits}").astype(whole) << whole.type(i * bits) for i, part in enumerate(value)]
+        value = functools.reduce(np.bitwise_or, parts)
+    else:
+        value = block.read(value, kind)
+    if isinstance(to, list):
+        part = UNSIGNED[value.dtype.itemsize // len(to)]
+        for i, register in enumerate(to):
+            block.write(register, mask, (value >> value.dtype.type(8 * part.itemsize * i)).astype(part))
+    else:
+        block.write(to, mask, value)
+
+
 @instruction(r"selp\.(?P<kind>[busf](?:16|32|64))")
 def select(block, mask, to, a, b, condition, *, kind):
     block.write(to, mask, np.where(block.read(condition, "pred"), block.read(a, kind), block.read(b, kind)))
@@ -489,9 +536,29 @@ def convert_integer(block, mask, to, value, *, to_kind, kind):
     block.write(to, mask, block.read(value, kind).astype(DTYPES[to_kind]))
 
 
-@instruction(r"cvt\.rn\.(?P<to_kind>f16)\.(?P<kind>f32)|cvt\.(?P<to_kind2>f32)\.(?P<kind2>f16)")
-def convert_half(block, mask, to, value, *, to_kind, kind, to_kind2, kind2):
-    block.write(to, mask, block.read(value, kind or kind2).astype(DTYPES[to_kind or to_kind2]))
+@instruction(r"cvt\.f32\.f16")
+def widen(block, mask, to, value):
+    block.write(to, mask, block.read(value, "f16").astype(np.float32))
+
+
+def narrowed(value: np.ndarray, kind: str) -> np.ndarray:
+    """The bits of the nearest f16 or bf16, ties to even."""
+    if kind == "f16":
+        return value.astype(np.float16).view(np.uint16)
+    bits = value.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+@instruction(r"cvt\.rn\.(?P<kind>f16|bf16)\.f32")
+def narrow(block, mask, to, value, *, kind):
+    block.write(to, mask, narrowed(block.read(value, "f32"), kind))
+
+
+@instruction(r"cvt\.rn\.(?P<kind>f16|bf16)x2\.f32")
+def narrow_pair(block, mask, to, high, low, *, kind):
+    low, high = (narrowed(block.read(value, "f32"), kind).astype(np.uint32) for value in (low, high))
+    block.write(to, mask, np.asarray(high << np.uint32(16) | low))
 
 
 @instruction(r"cvt\.rna\.tf32\.f32")
@@ -511,13 +578,11 @@ def convert_address(block, mask, to, address, *, direction, space):
 
 @instruction(r"ld\.param(?:\.v(?P<count>[24]))?\.(?P<kind>[busf]\d+)")
 def load_parameter(block, mask, to, address, *, count, kind):
-    size = DTYPES[kind].itemsize
-    if address.base not in block.kernel.parameters:
-        raise PtxError(f"unknown parameter {address.base}")
-    for i, register in enumerate(to if count else [to]):
-        begin = address.offset + i * size
-        value = block.parameters[begin : begin + size].view(DTYPES[kind])
-        block.write(register, mask, value)
+    dtype, n = DTYPES[kind], int(count or 1)
+    at = block.addresses(address, "param", mask).astype(np.int64)[:, None] + np.arange(n * dtype.itemsize)
+    if (at >= len(block.parameters)).any():
+        raise PtxError("access outside the parameters")
+    block.write_some(to if count else [to], mask, block.parameters[at].view(dtype))
 
 
 ACCESS = r"(?:\.(?P<space>global|shared|local))?{}(?:\.v(?P<count>[24]))?\.(?P<kind>[busf]\d+)"
@@ -528,10 +593,7 @@ def load(block, mask, to, address, *, space, count, kind):
     size, n = DTYPES[kind].itemsize, int(count or 1)
     at = block.machine.bytes_at(block.addresses(address, space, mask), n * size, n * size)
     values = block.machine.memory[at].view(DTYPES[kind])
-    for i, register in enumerate(to if count else [to]):
-        whole = np.zeros(block.threads, DTYPES[kind])
-        whole[mask] = values[:, i]
-        block.write(register, mask, whole)
+    block.write_some(to if count else [to], mask, values)
 
 
 @instruction("st" + ACCESS.format(""))
@@ -565,10 +627,21 @@ def barrier(block, mask, which):
     block.at_barrier |= mask
 
 
+def check_whole_warp(block: Block, members: str | int) -> None:
+    if (block.read(members, "u32") != 0xFFFFFFFF).any():
+        raise PtxError("only a part of a warp")
+
+
 @instruction(r"bar\.warp\.sync", collective=True)
 def warp_barrier(block, mask, members):
-    if (block.read(members, "u32") != 0xFFFFFFFF).any():
-        raise PtxError("a barrier of a part of a warp")
+    check_whole_warp(block, members)
+
+
+@instruction(r"vote\.sync\.(?P<how>all|any)\.pred", collective=True)
+def vote(block, mask, to, value, members, *, how):
+    check_whole_warp(block, members)
+    votes = np.broadcast_to(block.read(value, "pred"), block.threads).reshape(-1, WARP)
+    block.write(to, mask, np.repeat(votes.all(axis=1) if how == "all" else votes.any(axis=1), WARP))
 
 
 @instruction(r"cp\.async\.(?P<cache>ca|cg)\.shared(?:::cta)?\.global")
@@ -607,11 +680,8 @@ def load_matrices(block, mask, to, address, *, count, transposed):
     if transposed:
         matrices = matrices.swapaxes(2, 3)
     # Lane T of a warp gets elements 2 (T % 4) and the next one of row T / 4: in the order of memory.
-    values = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4, WARP)
-    for i in range(int(count)):
-        whole = np.zeros(block.threads, np.uint32)
-        whole[mask] = values[:, i].ravel()
-        block.write(to[i], mask, whole)
+    values = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4, WARP).swapaxes(1, 2)
+    block.write_some(to, mask, values[:, :, : int(count)].reshape(-1, int(count)))
 
 
 def elements(block: Block, mask: np.ndarray, registers: Iterable[str], kind: str) -> np.ndarray:
@@ -641,8 +711,5 @@ def multiply_matrices(block, mask, d, a, b, c, *, shape, kind):
         matrix[(slice(None), *fragment.places)] = values
         product = matrix if product is None else product @ matrix
     sums = np.stack([block.read(register, "f32")[mask] for register in c], axis=1).reshape(-1, WARP, len(c))
-    result = (product[(slice(None), *ACCUMULATOR.places)] + sums).astype(np.float32).reshape(-1, len(d))
-    for i, register in enumerate(d):
-        whole = np.zeros(block.threads, np.float32)
-        whole[mask] = result[:, i]
-        block.write(register, mask, whole)
+    result = (product[(slice(None), *ACCUMULATOR.places)] + sums).astype(np.float32)
+    block.write_some(d, mask, result.reshape(-1, len(d)))

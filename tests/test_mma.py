@@ -7,13 +7,12 @@ bodies, as nvcc compiles them, are run by ``ptx.py`` and held against the host b
 from __future__ import annotations
 
 import struct
-import subprocess
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import native
 import ptx
 from conftest import ROOT
 from dsconv_ext import _build
@@ -173,17 +172,7 @@ def test_host_bodies_notice(name, at, word, expected):
     assert done.returncode != 0 and expected in done.stdout
 
 
-def compiled(architecture: str, folder: Path, *includes: Path) -> str:
-    """The PTX of primitives.cu."""
-    cuda = _build.find_cuda()
-    if cuda is None:
-        pytest.skip("nvcc was not found")
-    flags = [*_build.NVCC_FLAGS, *(f"-I{path}" for path in (*includes, *_build.INCLUDE_DIRS, ROOT / "tests"))]
-    output = folder / f"primitives_{architecture}.ptx"
-    command = [cuda.home / "bin" / "nvcc", *flags, f"-arch=sm_{architecture}", "-ptx", "-o", output]
-    done = subprocess.run([*command, ROOT / "tests/simt/primitives.cu"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return output.read_text()
+KERNELS = ROOT / "tests/simt/primitives.cu"
 
 
 def on_device(text: str, name: str, words: np.ndarray) -> np.ndarray:
@@ -195,9 +184,9 @@ def on_device(text: str, name: str, words: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("architecture", ["75", "80"])
-def test_device_bodies(architecture, tmp_path):
+def test_device_bodies(architecture):
     """The integers of mma, and all that the others do, to the bit."""
-    text = compiled(architecture, tmp_path)
+    text = native.ptx_of(KERNELS, architecture)
     for name, primitive in PRIMITIVES.items():
         if architecture == "75" and name in SM_80_ONLY:
             with pytest.raises(ptx.PtxError, match="trap"):
@@ -235,38 +224,7 @@ def test_a_wrong_device_body_is_found(tmp_path):
                 assert text.count(right) == 1, name
                 text = text.replace(right, wrong)
         (tmp_path / f"cuda/{header}.cuh").write_text(text)
-    text = compiled("80", tmp_path, tmp_path)
+    text = native.ptx_of(KERNELS, "80", tmp_path, tmp_path)
     for name in PRIMITIVES:
         words = words_of(name)
         assert (on_device(text, name, words) != on_host(name, words)).any(), name
-
-
-def kernel_of(*body: str) -> str:
-    """PTX whose one kernel takes no parameter."""
-    lines = [".version 9.0", ".target sm_80", ".address_size 64", ".visible .entry kernel()", "{"]
-    declared = [".reg .pred %p<2>;", ".reg .b32 %r<8>;", ".reg .f32 %f<8>;", "mov.u32 %r0, %tid.x;"]
-    return "\n".join([*lines, *declared, *body, "ret;", "}"])
-
-
-MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r1, %r2}, {%r3}, {%f0, %f1, %f2, %f3};"
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (["add.cc.u32 %r1, %r0, 1;"], "unknown instruction: add.cc.u32"),
-        (["add.u64 %r1, %r0, 1;"], "%r0 has no u64"),
-        (["setp.eq.s32 %p0, %r0, 40;", f"@!%p0 {MMA}"], "not all lanes of a warp come to: @!%p0 mma"),
-        (["setp.gt.s32 %p0, %r0, 31;", f"@!%p0 {MMA}"], None),
-        (["setp.eq.s32 %p0, %r0, 40;", "@%p0 ret;", "bar.sync 0;"], "a barrier that some threads do not reach"),
-        (["shl.b32 %r1, %r0, 3;", "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r2, %r3}, [%r1];"], "misaligned"),
-        (["shl.b32 %r1, %r0, 4;", "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r2, %r3}, [%r1];"], "outside every"),
-        (["st.shared.u32 [%r0+-4], %r0;"], "misaligned access of 4"),
-    ],
-)
-def test_what_the_reader_refuses(body, message):
-    machine = ptx.Machine(kernel_of(*body))
-    if message is None:
-        return machine.launch("kernel", b"", threads=64, shared_bytes=512)
-    with pytest.raises(ptx.PtxError, match=message.replace("(", r"\(")):
-        machine.launch("kernel", b"", threads=64, shared_bytes=512)

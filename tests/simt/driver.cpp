@@ -2,6 +2,7 @@
 // as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
 //
 //   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
+//   driver --record FILE       the same, and each launch to the file as simt.h says
 //   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
 //   driver --primitive NAME    a kernel of primitives.cu: words in from the standard input, words out (hexadecimal)
 //   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
@@ -309,6 +310,7 @@ int main(int count, char** words) {
       for (int64_t i = std::stoll(words[2]); i > 0; --i) good &= choose_on_all(random_large(random));
       return good ? 0 : 1;
     }
+    if (option == "--record") simt::record = std::fopen(words[2], "w");
     if (option == "--gpu") runtime.threads = std::stoi(words[2]);
     for (std::string line; std::getline(std::cin, line);)
       good &= option == "--choose" ? choose_on_all(parse(line)) : answer(line);
