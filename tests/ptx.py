@@ -121,7 +121,10 @@ def parse_operand(text: str) -> str | int | float | Address | list:
 
 
 def parse_instruction(text: str) -> Instruction:
-    guard, name, rest = re.fullmatch(r"(@!?%\w+)?\s*([a-z][\w.:]*)\s*(.*)", text, re.DOTALL).groups()
+    match = re.fullmatch(r"(@!?%\w+)?\s*([a-z][\w.:]*)\s*(.*)", text, re.DOTALL)
+    if match is None:
+        raise PtxError(f"unknown statement: {text}")
+    guard, name, rest = match.groups()
     parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)
     condition = (guard.lstrip("@!"), "!" not in guard) if guard else None
     return Instruction(name, [parse_operand(part) for part in parts], condition, " ".join(text.split()))
@@ -371,11 +374,8 @@ class Block:
         value = self.special[operand] if operand in self.special else self.registers[operand]
         if value.dtype.itemsize < dtype.itemsize or (value.dtype.kind == "b") != (dtype.kind == "b"):
             raise PtxError(f"{operand} has no {kind}")
-        return value.view(dtype) if value.dtype.itemsize == dtype.itemsize else self.truncated(value, dtype)
-
-    @staticmethod
-    def truncated(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        return value.astype(UNSIGNED[dtype.itemsize]).view(dtype)
+        same = value.dtype.itemsize == dtype.itemsize
+        return (value if same else value.astype(UNSIGNED[dtype.itemsize])).view(dtype)
 
     def write(self, register: str, mask: np.ndarray, value: np.ndarray) -> None:
         """A wider register gets an integer extended by its sign, or by zeros."""
@@ -417,7 +417,7 @@ class Block:
         self.copies = waiting
 
 
-INTEGER, FLOAT = r"\.(?P<kind>[su](?:16|32|64))", r"\.(?P<kind>f(?:32|64))"
+INTEGER = r"\.(?P<kind>[su](?:16|32|64))"
 BITS = r"\.(?P<kind>b(?:16|32|64)|pred)"
 
 

@@ -64,22 +64,29 @@ def run(machine: ptx.Machine, name: str, launch: Launch) -> None:
         assert (machine.fetch(address, data) == data).all()
 
 
-def source_of(row: str) -> Path:
-    stem = re.sub(r"depthwise_fwd_(\w+?)(_wide|_narrow)?_(k\w+?)(s\d)?_cuda", r"\1_\3", row)
-    return _build.CSRC / "cuda" / f"{'depthwise_direct' if 'direct' in row else stem}.cu"
-
-
-@pytest.mark.parametrize("row", [row if "direct" in row else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
-def test_rows(row, tmp_path):
-    """float64 and the activations that are called as functions are not for the reader."""
-    machine, names = ptx.Machine(native.ptx_of(source_of(row), "80")), symbols()
-    chosen = [p for p in problems(row, 24) if "data=integers" in p and "dtype=float64" not in p][:3]
+def check(row: str, source: str, lines: list[str], folder: Path, architecture: str = "80") -> None:
+    """float64, and activations that are called as functions, are not for the reader."""
+    machine = ptx.Machine(native.ptx_of(_build.CSRC / "cuda" / source, architecture))
+    names = symbols()
+    chosen = [one for one in lines if "data=integers" in one and "dtype=float64" not in one][:3]
     assert len(chosen) == 3
     for problem in chosen:
-        launches = recorded(row, problem, tmp_path / "launches")
+        launches = recorded(row, problem, folder / "launches")
         assert launches
         for launch in launches:
             run(machine, names[launch.function], launch)
+
+
+def test_direct(tmp_path):
+    row = "depthwise_fwd_direct_cuda"
+    check(row, "depthwise_direct.cu", problems(row, 24), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in ROWS if "direct" not in row])
+def test_every_row(row, tmp_path):
+    source = re.sub(r"depthwise_fwd_(nhwc|nchw)(?:_wide|_narrow)?_k(\d|any)s\d_cuda", r"\1_k\2.cu", row)
+    check(row, source, problems(row, 24), tmp_path)
 
 
 def kernel_of(*body: str) -> str:
