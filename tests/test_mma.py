@@ -18,6 +18,7 @@ from conftest import ROOT
 from dsconv_ext import _build
 from test_simt import PLAIN, drive
 
+KERNELS = ROOT / "tests/simt/primitives.cu"
 LANES, SHARED_WORDS, COPIED = 32, 512, 12  # as primitives.h has them
 
 
@@ -31,41 +32,41 @@ def bits_of(values: np.ndarray, kind: str) -> np.ndarray:
     return np.ascontiguousarray((words >> 16).astype(np.uint16)).view(np.uint32) if kind == "bf16" else words
 
 
+def values_of(registers: np.ndarray, kind: str) -> np.ndarray:
+    """The inverse of ``bits_of``."""
+    if kind == "bf16":
+        return (registers.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return registers.view(np.float16 if kind == "f16" else np.float32)
+
+
 class Product:
     """mma: of integers, exactly; of reals, with sums that may be rounded in any order."""
 
     def __init__(self, shape: str, kind: str):
-        self.kind = kind
-        self.a, self.b = ptx.OPERANDS[shape, 32 if kind == "tf32" else 16]
+        a, b = ptx.OPERANDS[shape, 32 if kind == "tf32" else 16]
+        self.operands = [(ptx.ACCUMULATOR, "f32"), (a, kind), (b, kind)]  # as the kernels read them
 
     def words(self, rng: np.random.Generator, real: bool) -> np.ndarray:
-        fragments = [(ptx.ACCUMULATOR, "f32"), (self.a, self.kind), (self.b, self.kind)]
         registers = []
-        for fragment, kind in fragments:
+        for fragment, kind in self.operands:
             matrix = rng.standard_normal(fragment.shape) if real else rng.integers(-15, 16, fragment.shape)
             registers.append(bits_of(matrix[fragment.places], kind))
         return np.hstack(registers).ravel()
 
-    def operands(self, words: np.ndarray) -> list[np.ndarray]:
-        """c, a, b as matrices."""
-        matrices, at = [], 0
-        for fragment, kind in [(ptx.ACCUMULATOR, "f32"), (self.a, self.kind), (self.b, self.kind)]:
-            count = fragment.shape[0] * fragment.shape[1] // LANES // (2 if kind in ("f16", "bf16") else 1)
-            registers = np.ascontiguousarray(words.reshape(LANES, -1)[:, at : at + count])
-            at += count
-            halves = registers.view(np.uint16).astype(np.uint32) << 16
-            values = {"f16": registers.view(np.float16), "bf16": halves.view(np.float32)}
-            matrix = np.full(fragment.shape, np.nan)
-            matrix[fragment.places] = values.get(kind, registers.view(np.float32))
-            matrices.append(matrix)
-        return matrices
-
     def check(self, words: np.ndarray, out: np.ndarray) -> None:
-        c, a, b = self.operands(words)
+        matrices, rest = [], words.reshape(LANES, -1)
+        for fragment, kind in self.operands:
+            matrix = np.full(fragment.shape, np.nan)
+            elements = fragment.places[0].shape[1]
+            count = elements // 2 if kind in ("f16", "bf16") else elements
+            matrix[fragment.places] = values_of(np.ascontiguousarray(rest[:, :count]), kind)
+            rest = rest[:, count:]
+            matrices.append(matrix)
+        c, a, b = matrices
         found = np.full(c.shape, np.nan)
         found[ptx.ACCUMULATOR.places] = out.view(np.float32).reshape(LANES, -1)
-        exact = (np.concatenate([c.ravel(), a.ravel(), b.ravel()]) % 1 == 0).all()
-        bound = 0 if exact else 2.0**-22 * (abs(a) @ abs(b) + abs(c))
+        exact = all((matrix % 1 == 0).all() for matrix in matrices)
+        bound = 0 if exact else 2.0**-24 * (a.shape[1] + 1) * (abs(a) @ abs(b) + abs(c))
         assert (abs(found - (a @ b + c)) <= bound).all()
 
 
@@ -170,9 +171,6 @@ def test_host_bodies_notice(name, at, word, expected):
     words[at] = word
     done = drive(PLAIN, "--primitive", name, lines=[" ".join(f"{one:x}" for one in words)])
     assert done.returncode != 0 and expected in done.stdout
-
-
-KERNELS = ROOT / "tests/simt/primitives.cu"
 
 
 def on_device(text: str, name: str, words: np.ndarray) -> np.ndarray:
