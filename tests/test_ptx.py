@@ -118,3 +118,10 @@ def test_what_the_reader_refuses(body, message):
         return machine.launch("kernel", b"", threads=64, shared_bytes=512)
     with pytest.raises(ptx.PtxError, match=message.replace("(", r"\(")):
         machine.launch("kernel", b"", threads=64, shared_bytes=512)
+
+
+def test_a_fused_multiply_add_rounds_once():
+    """1 + 3 2^-24 - 2^-70 is nearest to 1 + 2^-23; in double it is half-way between that and an even neighbour."""
+    a, b, c = (np.float32(value) for value in (2**-12 * (1 + 2**-23), 2**-12 * (1 - 2**-23), 1 + 2**-23))
+    assert ptx.fused(a, b, c) == c and ptx.fused(-a, b, -c) == -c
+    assert np.float32(float(a) * float(b) + float(c)) == np.float32(1 + 2**-22)
