@@ -3,7 +3,8 @@
 Every tensor is one of [N, C, D, H, W] with any strides; 1D and 2D ones have leading sizes of 1. A tile is a block of
 positions, flat over N, D, H and W, times a block of channels; whichever is contiguous in memory varies fastest. The
 forward pass and the input gradient are one kernel, a correlation: the positions of the input gradient that meet the
-same taps lie a stride apart, and the programs of such a phase skip the other taps.
+same taps lie a stride apart, and the programs of such a phase skip the other taps. Sizes and strides are parameters of
+their own: of a tuple, torch.compile would trace the numbers as constants.
 """
 
 import triton
