@@ -107,6 +107,18 @@ def empty_output(x: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
     return x.new_empty_strided(size, _output_strides(x, size))
 
 
+def convolution_output(
+    x: Tensor,
+    channels: int,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Make an uninitialised output of a convolution of `x` with the taps of `weight`."""
+    return empty_output(x, channels, output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+
+
 def like_output(value: Tensor, x: Tensor) -> Tensor:
     """Bring `value` into the layout of an output of the operator whose input is `x`; a copy only if need be."""
     dense = value.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else value.contiguous()

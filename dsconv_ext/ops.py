@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _loader, backends
 from .checks import check_depthwise, check_separable
-from .geometry import empty_output, output_size
+from .geometry import convolution_output, empty_output
 
 
 def cast_inputs(device_type: str, values: Sequence[Any]) -> list[Any]:
@@ -47,7 +47,7 @@ def _fake_depthwise(
     *_: Any,
 ) -> Tensor:
     check_depthwise("dsconv::depthwise", x.dim() - 2, x, weight, bias, stride, padding, dilation)
-    return empty_output(x, weight.size(0), output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    return convolution_output(x, weight.size(0), weight, stride, padding, dilation)
 
 
 def _fake_separable(
@@ -64,8 +64,7 @@ def _fake_separable(
 ) -> Tensor:
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     check_separable("dsconv::separable", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
-    size = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
-    return empty_output(x, pointwise_weight.size(0), size)
+    return convolution_output(x, pointwise_weight.size(0), depthwise_weight, stride, padding, dilation)
 
 
 def _fake_backward(tensors: int, outputs: int) -> Callable[..., tuple[Tensor | None, ...]]:

@@ -3,14 +3,16 @@
 Every tensor is one of [N, C, D, H, W] with any strides; 1D and 2D ones have leading sizes of 1. A tile is a block of
 positions, flat over N, D, H and W, times a block of channels; whichever is contiguous in memory varies fastest. The
 forward pass and the input gradient are one kernel, a correlation: the positions of the input gradient that meet the
-same taps lie a stride apart, and the programs of such a phase skip the other taps.
+same taps lie a stride apart, and the programs of such a phase skip the other taps. Sizes and strides are parameters of
+their own: of a tuple, torch.compile would trace the numbers as constants.
 """
 
 import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# The interpreter of triton 3.8 multiplies the payloads of bfloat16 in tl.dot and truncates where it rounds.
+# The interpreter of triton 3.8 multiplies the payloads of bfloat16 in tl.dot and truncates where it rounds; its tl.fma
+# rounds twice.
 GUARDED = tl.constexpr(INTERPRETED)
 
 
@@ -22,6 +24,14 @@ def _round(value, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def _fma(a, b, sums):
+    """a * b + sums, rounded once."""
+    if GUARDED and sums.dtype == tl.float32:
+        return (a.to(tl.float64) * b + sums).to(tl.float32)
+    return tl.fma(a, b, sums)
 
 
 @triton.jit
@@ -125,7 +135,9 @@ def _correlate(
     STEP_D: tl.constexpr = 1 if TRANSPOSED else STRIDE[0]
     STEP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE[1]
     STEP_W: tl.constexpr = 1 if TRANSPOSED else STRIDE[2]
-    UNROLL: tl.constexpr = TAPS[2] if TAPS[2] <= 8 else 1
+    # More at once would spill: many taps, those that a phase may skip, and 64-bit offsets.
+    ALWAYS_MET: tl.constexpr = not TRANSPOSED or STRIDE[2] == 1
+    UNROLL: tl.constexpr = TAPS[2] if TAPS[2] <= 8 and ALWAYS_MET and channel.dtype == tl.int32 else 1
     is_channel = tl.expand_dims(channel < channels, 1 - AXIS)
     sums = (tl.expand_dims(channel, 1 - AXIS) * 0 + tl.expand_dims(w, AXIS) * 0).to(SUMS)
     for tap_d in tl.range(0, TAPS[0]):
@@ -156,7 +168,7 @@ def _correlate(
                                 ).to(SUMS)
                                 value = tl.load(x + at, mask=inside, other=0).to(SUMS)
                                 # Padding is left out: it never meets an infinite or NaN tap.
-                                sums = tl.where(inside, sums + value * tl.expand_dims(taps, 1 - AXIS), sums)
+                                sums = tl.where(inside, _fma(value, tl.expand_dims(taps, 1 - AXIS), sums), sums)
     return sums
 
 
@@ -326,7 +338,7 @@ def weight_gradient_kernel(
             at, inside, used = at[:, None, :], inside[:, None, :], used[:, None, :]
         value = tl.load(x + (at + source), mask=inside & is_channel[None, :, :], other=0).to(SUMS)
         value = tl.where(is_bias[:, :, None], 1, value)
-        sums = tl.where(used, sums + slope * value, sums)
+        sums = tl.where(used, _fma(slope, value, sums), sums)
     result = tl.sum(sums, axis=2 - AXIS)
     at = (index * COLUMNS + column[:, None]) * filters + channel[None, :]
     tl.store(partial + at, result, mask=(column < COLUMNS)[:, None] & (channel < filters)[None, :])

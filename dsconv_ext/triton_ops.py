@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,19 +17,20 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import activations
-from .geometry import empty_output, is_channels_last, like_output, output_size
+from .geometry import convolution_output, empty_output, is_channels_last, like_output
 from .triton_kernels import INTERPRETED, depthwise_kernel, separable_kernel, weight_gradient_kernel
 
 INT32_LIMIT = 2**31
 
 
 class Tile(NamedTuple):
-    """The block of a program; `outputs` are those of the pointwise convolution, where it is part of the kernel."""
+    """The block of a program."""
 
     positions: int
     channels: int
     warps: int
-    outputs: int = 0
+    outputs: int = 0  # of the pointwise convolution, where it is part of the kernel
+    registers: int = 0  # a thread may take, where that is limited
 
 
 # The tiles, preferred ones first; keys are the AXIS of the positions: 1 where channels are contiguous, else 0.
@@ -44,7 +45,13 @@ WEIGHT_GRADIENT_TILES = {
 COLUMN_BLOCKS = (4, 8, 2, 1)
 # One program has all outputs of its positions, so no depthwise value is computed twice, and the sums of the taps are
 # carried by a loop, so no warp repeats them either: the tests count the multiplications of every tile in the PTX.
-FUSED_TILES = (Tile(128, 32, 8, 16), Tile(64, 32, 8, 64), Tile(64, 32, 8, 128), Tile(64, 32, 16, 256))
+# Left alone, ptxas spills what is used outside the loop, to fit one more program: the limits are those of the hardware.
+FUSED_TILES = (
+    Tile(64, 32, 8, 16, 255),
+    Tile(64, 32, 8, 64, 255),
+    Tile(64, 32, 8, 128, 255),
+    Tile(64, 32, 16, 256, 128),
+)
 WASTE = 4 / 3  # work on padding that a preferred tile may cost
 PROGRAMS = 1024  # that a weight gradient is split into: a few waves on any GPU
 SLAB = 256  # positions at least that share partial sums, which cost little then
@@ -69,7 +76,7 @@ class Target(NamedTuple):
 
     name: str
     tensor_cores: bool  # that tl.dot uses
-    tf32: bool
+    nvidia: bool  # whose tensor cores take float32 as TF32, and whose compiler takes a limit of registers
     shared_bytes: int
     multiprocessors: int
 
@@ -88,7 +95,7 @@ def target_of(device: torch.device) -> Target:
         name = properties.gcnArchName.split(":")[0]
         return Target(name, name.startswith(("gfx9", "gfx11", "gfx12")), False, shared, count)
     modern = properties.major >= 8
-    return Target(f"sm_{properties.major}{properties.minor}", modern, modern, shared, count)
+    return Target(f"sm_{properties.major}{properties.minor}", modern, True, shared, count)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -125,19 +132,19 @@ def fused_tile(target: Target, dtype: torch.dtype, positions: int, outputs: int,
         return "float64 has no fused kernel"
     if not target.tensor_cores:
         return f"tl.dot uses no tensor cores on {target.name}"
-    if dtype is torch.float32 and (not target.tf32 or torch.get_float32_matmul_precision() == "highest"):
+    if dtype is torch.float32 and (not target.nvidia or torch.get_float32_matmul_precision() == "highest"):
         return "float32 is fused in TF32 only, where the device has it and torch.set_float32_matmul_precision allows it"
     enough = [tile for tile in FUSED_TILES if tile.outputs >= outputs]
     if not enough:
         return f"{outputs} outputs do not fit one program: {FUSED_TILES[-1].outputs} at most"
     tile = enough[0]
-    if shared_bytes(tile, dtype.itemsize) > target.shared_bytes or registers(tile) > 255:
+    if shared_bytes(tile, dtype.itemsize) > target.shared_bytes or registers(tile) > tile.registers:
         return f"the tile of {tile.outputs} outputs needs more than {target.name} has"
     if fuse == "auto" and _cdiv(positions, tile.positions) < target.multiprocessors:
         return (
             f"{_cdiv(positions, tile.positions)} programs would leave some of {target.multiprocessors} processors idle"
         )
-    return tile
+    return tile if target.nvidia else tile._replace(registers=0)
 
 
 def _triple(values: Sequence[int], fill: int) -> tuple[int, ...]:
@@ -231,7 +238,7 @@ def depthwise(
     activation_param: float,
 ) -> Tensor:
     """Compute activation(depthwise convolution + bias); tensors of one device and dtype, checked by the caller."""
-    y = empty_output(x, weight.size(0), output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    y = convolution_output(x, weight.size(0), weight, stride, padding, dilation)
     if y.numel():
         window = _window(x.size(1), weight, stride, padding, dilation)
         _launch_depthwise(x, weight, bias, y, window, (1, 1, 1), activation, activation_param, False)
@@ -327,13 +334,12 @@ def fused(
     tile: Sequence[int],
 ) -> Tensor:
     """Compute a separable convolution in one pass, with the numbers of a `Tile`."""
-    spatial = output_size(x.shape[2:], depthwise_weight.shape[2:], stride, padding, dilation)
-    y = empty_output(x, pointwise_weight.size(0), spatial)
+    y = convolution_output(x, pointwise_weight.size(0), depthwise_weight, stride, padding, dilation)
     if not y.numel():
         return y
-    positions, channels, warps, outputs = tile
+    positions, channels, warps, outputs, registers_of_thread = tile
     optional = [t.stride(0) if t is not None else 0 for t in (depthwise_bias, pointwise_bias)]
-    wrap_triton(separable_kernel)[(_cdiv(y.size(0) * math.prod(spatial), positions),)](
+    wrap_triton(separable_kernel)[(_cdiv(y.size(0) * math.prod(y.shape[2:]), positions),)](
         x,
         depthwise_weight,
         depthwise_bias,
@@ -365,6 +371,7 @@ def fused(
         OUTPUTS=outputs,
         num_warps=warps,
         num_stages=1,  # more would stage each tap of the window by itself
+        **({"maxnreg": registers_of_thread} if registers_of_thread else {}),
     )
     return y
 
@@ -432,15 +439,10 @@ def unfused(
     depthwise_bias: Tensor | None,
     pointwise_bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mid_activation: str,
-    mid_param: float,
-    activation: str,
-    activation_param: float,
+    *settings: Any,
 ) -> Tensor:
-    """Compute a separable convolution by the depthwise kernel and torch.matmul."""
-    middle = depthwise(x, depthwise_weight, depthwise_bias, stride, padding, dilation, mid_activation, mid_param)
+    """Compute what `fused` does by the depthwise kernel and torch.matmul."""
+    *of_depthwise, activation, activation_param = settings
+    middle = depthwise(x, depthwise_weight, depthwise_bias, *of_depthwise)
     y = pointwise(middle, pointwise_weight, pointwise_bias, residual, activation, activation_param)
     return like_output(y, x)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dsconv_ext import triton_ops
+from dsconv_ext.geometry import output_size
 
 pytestmark = pytest.mark.skipif(triton_ops.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -34,6 +36,10 @@ class Driver:
 
     target: GPUTarget
 
+    @property
+    def utils(self) -> SimpleNamespace:
+        return SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": SHARED[self.target.arch] * KB})
+
     def get_current_target(self) -> GPUTarget:
         return self.target
 
@@ -42,6 +48,18 @@ class Driver:
 
     def get_current_stream(self, device=None) -> int:
         return 0
+
+
+def pretend(monkeypatch, arch) -> None:
+    """Make ``arch`` the GPU of this machine."""
+    hip = isinstance(arch, str)
+    monkeypatch.setattr(
+        driver, "_active", Driver(GPUTarget("hip" if hip else "cuda", arch, 64 if arch == "gfx942" else 32))
+    )
+    major, minor = (0, 0) if hip else divmod(arch, 10)
+    properties = SimpleNamespace(major=major, minor=minor, gcnArchName=f"{arch}:xnack-", multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if hip else None)
 
 
 def compiled(monkeypatch, arch, op, *args):
@@ -55,9 +73,8 @@ def compiled(monkeypatch, arch, op, *args):
         def __getitem__(self, grid):
             return lambda *args, **options: kernels.append(self.kernel.warmup(*args, grid=grid, **options))
 
-    warp = 64 if arch == "gfx942" else 32
     monkeypatch.setattr(triton_ops, "wrap_triton", Recorder)
-    monkeypatch.setattr(driver, "_active", Driver(GPUTarget("hip" if isinstance(arch, str) else "cuda", arch, warp)))
+    pretend(monkeypatch, arch)
     op._init_fn(*args)
     (kernel,) = kernels
     return kernel
@@ -152,23 +169,47 @@ def test_weight_gradient(monkeypatch, tmp_path, arch, dtype, axis, tile):
 )
 def test_fused(monkeypatch, tmp_path, arch, dtype, axis, tile):
     """Where a fused tile is chosen, the product runs on tensor cores and no warp repeats depthwise work of another."""
-    modern = arch != 75
-    target = triton_ops.Target(str(arch), modern, modern and isinstance(arch, int), SHARED[arch] * KB, 1)
+    pretend(monkeypatch, arch)
+    target = triton_ops.target_of.__wrapped__(torch.device("cuda", 0))
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     chosen = triton_ops.fused_tile(target, dtype, 10**6, tile.outputs, "auto")
     if isinstance(chosen, str):
-        assert not modern or (isinstance(arch, str) and dtype is torch.float32), chosen
+        assert arch == 75 or (isinstance(arch, str) and dtype is torch.float32), chosen
         return
-    assert chosen == tile
+    assert chosen == (tile if isinstance(arch, int) else tile._replace(registers=0))
     x, weight, bias = problem(axis, dtype)
     pointwise = empty(tile.outputs, 64, 1, 1, dtype=dtype)
     tensors = (x, weight, pointwise, bias, empty(tile.outputs, dtype=dtype), None)
-    kernel = compiled(monkeypatch, arch, triton_ops.fused, *tensors, *GEOMETRY, *("relu6", 0.0) * 2, tile)
+    kernel = compiled(monkeypatch, arch, triton_ops.fused, *tensors, *GEOMETRY, *("relu6", 0.0) * 2, chosen)
     check_resources(kernel, arch, tmp_path)
     assert kernel.metadata.shared <= triton_ops.shared_bytes(tile, dtype.itemsize) + 64
     assert TENSOR_CORES.search(assembly(kernel))
     if "ptx" in kernel.asm:
         assert multiplications(kernel) == 3 * tile.positions * tile.channels // (32 * tile.warps)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "reason"),
+    [
+        (80, {"outputs": 257}, "257 outputs do not fit one program: 256 at most"),
+        (80, {"fuse": "never"}, "fuse='never'"),
+        (80, {"positions": 64 * 99}, "99 programs would leave some of 100 processors idle"),
+        (80, {"dtype": torch.float64}, "float64 has no fused kernel"),
+        (80, {"dtype": torch.float32}, "float32 is fused in TF32 only"),
+        (75, {}, "tl.dot uses no tensor cores on sm_75"),
+        ("gfx1030", {}, "tl.dot uses no tensor cores on gfx1030"),
+        (86, {"tiles": (triton_ops.Tile(256, 32, 8, 256, 255),)}, "needs more than sm_86 has"),
+        (80, {"tiles": (triton_ops.Tile(64, 32, 4, 256, 128),)}, "needs more than sm_80 has"),
+    ],
+)
+def test_why_nothing_is_fused(monkeypatch, arch, options, reason):
+    """`explain` repeats the reason; the last two tiles need too much shared memory, and too many registers."""
+    monkeypatch.setitem(SHARED, "gfx1030", 64)
+    pretend(monkeypatch, arch)
+    monkeypatch.setattr(triton_ops, "FUSED_TILES", options.pop("tiles", triton_ops.FUSED_TILES))
+    wanted = {"dtype": torch.float16, "positions": 10**6, "outputs": 64, "fuse": "auto", **options}
+    target = triton_ops.target_of.__wrapped__(torch.device("cuda", 0))
+    assert reason in triton_ops.fused_tile(target, **wanted)
 
 
 @pytest.mark.parametrize("taps", [1, 7, pytest.param(31, marks=pytest.mark.slow)])
@@ -179,7 +220,7 @@ def test_other_taps_strides_and_activations(monkeypatch, tmp_path, dtype, taps):
     x, weight, bias = problem(1, dtype, taps)
     where = [2, 1], [taps, 0, 1, taps], [1, 2] if taps < 9 else [1, 1]
     x = empty(2, 64, 64, 64, dtype=dtype, axis=1)
-    spatial = triton_ops.output_size(x.shape[2:], weight.shape[2:], *where)
+    spatial = output_size(x.shape[2:], weight.shape[2:], *where)
     grad = empty(2, 64, *spatial, dtype=dtype, axis=1)
     for op, args in (
         (triton_ops.depthwise, (x, weight, bias, *where, "gelu_tanh", 0.0)),
