@@ -245,7 +245,7 @@ import json, warnings; warnings.simplefilter("ignore")
         + """
 from dsconv_ext import backends
 x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
-where = [1, 1], [0] * 4, [1, 1], "none", 0.0, None
+where = [1, 1], [0] * 4, [1, 1], "none", 0.0
 def found(op):
     (call,) = dsconv_ext.explain(op, x, w, None, *where).calls
     return [call.chosen, *([c.name, c.reason] for c in call.candidates if c.reason)]
