@@ -1,4 +1,4 @@
-#include "cuda/depthwise_nchw.cuh"
+#include "cuda/depthwise_nchw_any.cuh"
 
 namespace dsconv::cuda {
 
