@@ -170,7 +170,7 @@ class NchwBlock {
         taps[u][t] = columns[t].exists ? tap : 0.0f;
       }
     }
-    const int step = p_.in.row_pitch * int{sizeof(float)};
+    const int step = p_.in.row_pitch * int{sizeof(float)};  // in bytes, or each row would shift it anew
     // Of stride 2: the even and the odd columns, in even and in odd rows.
     const float* line[kStride][kStride];
 #pragma unroll
@@ -296,8 +296,8 @@ struct Nchw {
     if (segments == 1) {
       pitch = static_cast<int>(round_up(pitch, power_of(p.x.stride[1] | 4)));
     } else {
-      while (power_of(pitch) < kStride || power_of(pitch) > wanted) ++pitch;
-      if (wanted / power_of(pitch) * segments > q.planes) {
+      if (power_of(pitch) < kStride) ++pitch;
+      if (power_of(pitch) > wanted || wanted / power_of(pitch) * segments > q.planes) {
         while (power_of(pitch) != wanted) ++pitch;
       }
     }

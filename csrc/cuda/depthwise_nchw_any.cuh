@@ -1,10 +1,9 @@
-// Depthwise forward, contiguous: a block copies a box of inputs of one or several planes to shared memory as one stream,
-// computes from there, and streams the outputs back through it. So memory sees whole sectors whatever the width, and a
-// row of inputs in registers serves kRows rows of outputs.
+// Depthwise forward, contiguous, filters of any shape and dilation: a block copies a box of inputs of one or several
+// planes to shared memory as one stream of single values, computes from there, and streams the outputs back through it.
 #pragma once
 
-#include "cuda/copy_async.cuh"
 #include "cuda/depthwise_rows.cuh"
+#include "cuda/plane_stream.cuh"
 
 namespace dsconv::cuda {
 
@@ -17,7 +16,7 @@ struct Box {
   DSCONV_HD int at(int column) const { return split == 1 ? column : column % split * phase + column / split; }
 };
 
-struct NchwParameters {
+struct NchwAnyParameters {
   const void *x, *weight, *bias;
   void* y;
   int64_t x_image, y_image, x_channel, y_channel, weight_channel, weight_tap, bias_channel;
@@ -28,47 +27,14 @@ struct NchwParameters {
   int row_tiles, column_tiles;
   Box in, out;
   int taps_row, taps_plane;  // pitches
+  DType dtype;
   ActivationSpec activation;
 };
 
-// Visits the elements of planes x height x width in the order of memory, the block's threads side by side: no division
-// but for the first.
-template <class Visit>
-__device__ inline void for_stream(int planes, int height, int width, Visit visit) {
-  const int step = blockDim.x, size = height * width;
-  const int step_plane = step / size, step_row = step % size / width, step_column = step % width;
-  int plane = threadIdx.x / size, row = threadIdx.x % size / width, column = threadIdx.x % width;
-  while (plane < planes) {
-    visit(plane, row, column);
-    column += step_column;
-    row += step_row;
-    plane += step_plane;
-    if (column >= width) {
-      column -= width;
-      ++row;
-    }
-    if (row >= height) {
-      row -= height;
-      ++plane;
-    }
-  }
-}
-
-// The part of [begin, begin + count) that exists.
-struct Clipped {
-  int low, count;
-
-  __device__ Clipped(int begin, int size, int limit) {
-    low = begin < 0 ? -begin : 0;
-    const int high = begin + size > limit ? limit - begin : size;
-    count = high > low ? high - low : 0;
-  }
-};
-
-template <class S, int kRows, class U>
-class NchwBlock {
+template <class U>
+class NchwAnyBlock {
  public:
-  __device__ NchwBlock(const NchwParameters& p, float* shared)
+  __device__ NchwAnyBlock(const NchwAnyParameters& p, float* shared)
       : p_(p), taps_(shared), box_(shared + p.planes * p.taps_plane) {
     int64_t block = blockIdx.x;
     const int column_tile = static_cast<int>(block % p.column_tiles);
@@ -80,37 +46,35 @@ class NchwBlock {
     planes_ = p.channels - channel_ < p.planes ? p.channels - channel_ : p.planes;
     row_ = row_tile * p.out.height;
     column_ = column_tile * p.out.width;
-    x_ = static_cast<const S*>(p.x) + image * p.x_image + channel_ * p.x_channel;
-    y_ = static_cast<S*>(p.y) + image * p.y_image + channel_ * p.y_channel;
+    x_ = image * p.x_image + channel_ * p.x_channel;
+    y_ = image * p.y_image + channel_ * p.y_channel;
   }
 
   __device__ void load() {
-    const S* const weight = static_cast<const S*>(p_.weight) + channel_ * p_.weight_channel;
     for_stream(planes_, p_.rows.taps, p_.columns.taps, [&](int plane, int u, int t) {
-      taps_[plane * p_.taps_plane + u * p_.taps_row + t] =
-          widen(__ldg(weight + plane * p_.weight_channel + (u * p_.columns.taps + t) * p_.weight_tap));
+      taps_[plane * p_.taps_plane + u * p_.taps_row + t] = load_one(
+          p_.dtype, p_.weight, (channel_ + plane) * p_.weight_channel + (u * p_.columns.taps + t) * p_.weight_tap);
     });
     const int top = top_of_box(), left = left_of_box();
     const Clipped rows(top, p_.in.height, p_.rows.in), columns(left, p_.in.width, p_.columns.in);
-    const S* const from = x_ + (top + rows.low) * p_.x_row + left + columns.low;
-    if (rows.count > 0 && columns.count > 0) {
-      for_stream(planes_, rows.count, columns.count, [&](int plane, int row, int column) {
-        const S* const source = from + plane * p_.x_channel + row * p_.x_row + column;
-        float* const to = box_ + plane * p_.in.plane + (row + rows.low) * p_.in.row + p_.in.at(column + columns.low);
-        if constexpr (sizeof(S) == 4) {
-          copy_async(to, source);
-        } else {
-          *to = widen(__ldg(source));
-        }
-      });
-    }
+    const int64_t first = x_ + static_cast<int64_t>(rows.begin) * p_.x_row + columns.begin;
+    for_warps(rows.count, columns.count, p_.x, first, [&](int plane, int row, int column) {
+      const int64_t from = first + plane * p_.x_channel + row * p_.x_row + column;
+      float* const to =
+          box_ + plane * p_.in.plane + (row + rows.begin - top) * p_.in.row + p_.in.at(column + columns.begin - left);
+      if (p_.dtype == DType::f32) {
+        copy_async(to, static_cast<const float*>(p_.x) + from);
+      } else {
+        *to = load_one(p_.dtype, p_.x, from);
+      }
+    });
     wait_for_copies();
   }
 
   __device__ void compute() {
     const int blocks = p_.row_blocks * p_.column_blocks, plane = threadIdx.x / blocks, at = threadIdx.x % blocks;
     const bool exists = plane < planes_;
-    const int row = p_.rows.first(at / p_.column_blocks, kRows),
+    const int row = p_.rows.first(at / p_.column_blocks, 1),
               column = p_.columns.first(at % p_.column_blocks, U::kColumns);
     const Inside inside(p_.columns, left_of_box() + column * U::kStride);
     const bool interior = inside.holds_all((U::kColumns - 1) * U::kStride + p_.columns.taps);
@@ -122,40 +86,44 @@ class NchwBlock {
     }
     __syncthreads();  // the box of inputs becomes that of outputs
     if (!exists) return;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float4 four;
-      four.x = outputs_.sum[outputs_.at(r, 0)];
-      four.y = outputs_.sum[outputs_.at(r, 1)];
-      four.z = outputs_.sum[outputs_.at(r, 2)];
-      four.w = outputs_.sum[outputs_.at(r, 3)];
-      float* const to = box_ + plane * p_.out.plane + (row + r * p_.rows.dilation) * p_.out.row + p_.out.at(column);
-      *reinterpret_cast<float4*>(to) = four;
-    }
+    const float (&sum)[4] = outputs_.sum;
+    *reinterpret_cast<float4*>(box_ + plane * p_.out.plane + row * p_.out.row + p_.out.at(column)) =
+        make_float4(sum[0], sum[1], sum[2], sum[3]);
   }
 
   __device__ void store() const {
     const Clipped rows(row_, p_.out.height, p_.rows.out), columns(column_, p_.out.width, p_.columns.out);
-    for_stream(planes_, rows.count, columns.count, [&](int plane, int row, int column) {
-      narrow(box_[plane * p_.out.plane + row * p_.out.row + p_.out.at(column)],
-             y_ + plane * p_.y_channel + (row_ + row) * p_.y_row + column_ + column);
+    const int64_t first = y_ + static_cast<int64_t>(row_) * p_.y_row + column_;
+    for_warps(rows.count, columns.count, p_.y, first, [&](int plane, int row, int column) {
+      const float value = box_[plane * p_.out.plane + row * p_.out.row + p_.out.at(column)];
+      const int64_t to = first + plane * p_.y_channel + row * p_.y_row + column;
+      with_storage(p_.dtype, [&]<class S>() { narrow(value, static_cast<S*>(p_.y) + to); });
     });
   }
 
  private:
+  // As for_stream, from data[first] on, where the first warp starts between sectors of 32 bytes.
+  template <class Visit>
+  __device__ void for_warps(int rows, int columns, const void* data, int64_t first, Visit visit) const {
+    if (rows <= 0 || columns <= 0) return;
+    const int bytes = p_.dtype == DType::f32 ? 4 : 2;
+    const int behind = static_cast<int>((reinterpret_cast<uintptr_t>(data) / bytes + first) % (32 / bytes));
+    for_stream(planes_, rows, behind + columns, [&](int plane, int row, int column) {
+      if (column >= behind) visit(plane, row, column - behind);
+    });
+  }
   __device__ int top_of_box() const { return row_ * U::kStride - p_.rows.pad; }
   __device__ int left_of_box() const { return column_ * U::kStride - p_.columns.pad; }
 
   template <bool kInterior>
   __device__ void compute_block(int plane, int row, int column, const Inside& inside) {
-    const float bias[1] = {p_.bias ? widen(__ldg(static_cast<const S*>(p_.bias) + (channel_ + plane) * p_.bias_channel))
-                                   : 0.0f};
+    const float bias[1] = {p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f};
     outputs_.start(bias);
     const float* const taps = taps_ + plane * p_.taps_plane;
     const float* const box = box_ + plane * p_.in.plane + p_.in.at(column * U::kStride);
     const int top = top_of_box() + row * U::kStride;
 #pragma unroll 1
-    for (int i = 0; i < (kRows - 1) * U::kStride + p_.rows.taps; ++i) {
+    for (int i = 0; i < p_.rows.taps; ++i) {
       const int y = top + i * p_.rows.dilation;
       if (static_cast<unsigned>(y) >= static_cast<unsigned>(p_.rows.in)) continue;
       const float* const line = box + (row * U::kStride + i * p_.rows.dilation) * p_.in.row;
@@ -189,17 +157,16 @@ class NchwBlock {
     }
   }
 
-  const NchwParameters& p_;
+  const NchwAnyParameters& p_;
   float *taps_, *box_;
   int channel_, planes_, row_, column_;
-  const S* x_;
-  S* y_;
-  Outputs<U, kRows, 1> outputs_;
+  int64_t x_, y_;
+  Outputs<U, 1, 1> outputs_;
 };
 
-template <class S, int kRows, class U>
-__global__ void __launch_bounds__(256, 2) depthwise_nchw(const NchwParameters p) {
-  NchwBlock<S, kRows, U> block(p, shared_memory<float>());
+template <class U>
+__global__ void __launch_bounds__(256, 2) depthwise_nchw_any(const NchwAnyParameters p) {
+  NchwAnyBlock<U> block(p, shared_memory<float>());
   block.load();
   __syncthreads();
   block.compute();
@@ -208,21 +175,21 @@ __global__ void __launch_bounds__(256, 2) depthwise_nchw(const NchwParameters p)
 }
 
 // A row of kernels.inc.
-template <int kRows, int kTaps, int kStride>
-struct Nchw {
-  using U = Unrolled<kTaps, kStride>;
+template <int kStride>
+struct NchwAny {
+  using U = Unrolled<kAnyTaps, kStride>;
   static constexpr int64_t kSharedBytes = 24 << 10;  // two blocks fit every architecture's multiprocessor
 
   static const char* can_run(const DepthwiseProblem& p) {
-    if (const char* reason = why_not_rows(p, kTaps, kStride)) return reason;
+    if (const char* reason = why_not_rows(p, kAnyTaps, kStride)) return reason;
     const Window& w = p.window;
     if ((w.in[2] > 1 && p.x.stride[4] != 1) || (w.out[2] > 1 && p.y.stride[4] != 1)) return "not contiguous";
-    const NchwParameters q = parameters(p, 1);
+    const NchwAnyParameters q = parameters(p, 1);
     if (shared_bytes(q) > 48 << 10) return "the window does not fit shared memory";
     return blocks_of(p, q) > kLargestGrid ? kGridTooLarge : nullptr;
   }
 
-  static int64_t shared_bytes(const NchwParameters& q) {
+  static int64_t shared_bytes(const NchwAnyParameters& q) {
     const int64_t box = max64(q.in.plane, q.out.plane);
     return q.planes * (q.taps_plane + box) * int64_t{sizeof(float)};
   }
@@ -248,10 +215,10 @@ struct Nchw {
   }
 
   // Tiles of at most this many groups of row and column blocks, a group being one block of each phase of the dilation.
-  static NchwParameters tiled(const DepthwiseProblem& p, int64_t row_groups, int64_t column_groups, int64_t planes) {
+  static NchwAnyParameters tiled(const DepthwiseProblem& p, int64_t row_groups, int64_t column_groups, int64_t planes) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
     const Window& w = p.window;
-    NchwParameters q{};
+    NchwAnyParameters q{};
     q.x = p.x.data;
     q.weight = p.weight.data;
     q.bias = p.bias.data;
@@ -265,12 +232,12 @@ struct Nchw {
     q.bias_channel = p.bias.stride[0];
     q.x_row = w.in[1] > 1 ? narrow(p.x.stride[3]) : 0;
     q.y_row = w.out[1] > 1 ? narrow(p.y.stride[3]) : 0;
-    q.rows = axis_of(w, 1, kRows);
+    q.rows = axis_of(w, 1, 1);
     q.columns = axis_of(w, 2, U::kColumns);
     q.channels = narrow(p.channels);
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
-    const int rows_of_group = kRows * q.rows.dilation, columns_of_group = U::kColumns * q.columns.dilation;
+    const int rows_of_group = q.rows.dilation, columns_of_group = U::kColumns * q.columns.dilation;
     q.row_tiles = narrow(ceil_div(q.rows.blocks, q.rows.dilation * row_groups));
     q.column_tiles = narrow(ceil_div(q.columns.blocks, q.columns.dilation * column_groups));
     const int rows = narrow(ceil_div(q.rows.blocks / q.rows.dilation, q.row_tiles)),
@@ -281,33 +248,34 @@ struct Nchw {
     const int behind = kStride == 1 ? U::kTaps : U::kTaps / 2 + 4;  // vectors reach beyond the last column read
     q.in = box_of(narrow(input_extent(height, w.taps[1], kStride, w.dilation[1])),
                   narrow(input_extent(width, w.taps[2], kStride, w.dilation[2])),
-                  kStride == 1 ? q.columns.dilation : kStride, behind, q.row_blocks, q.column_blocks, kRows * kStride);
-    q.out = box_of(height, width, q.columns.dilation, 0, q.row_blocks, q.column_blocks, kRows);
+                  kStride == 1 ? q.columns.dilation : kStride, behind, q.row_blocks, q.column_blocks, kStride);
+    q.out = box_of(height, width, q.columns.dilation, 0, q.row_blocks, q.column_blocks, 1);
     q.taps_row = narrow(round_up(w.taps[2], 4));
     q.taps_plane = narrow(w.taps[1]) * q.taps_row;
+    q.dtype = p.dtype;
     q.activation = p.activation;
     return q;
   }
 
-  static int threads_of(const NchwParameters& q) { return q.planes * q.row_blocks * q.column_blocks; }
-  static int64_t blocks_of(const DepthwiseProblem& p, const NchwParameters& q) {
+  static int threads_of(const NchwAnyParameters& q) { return q.planes * q.row_blocks * q.column_blocks; }
+  static int64_t blocks_of(const DepthwiseProblem& p, const NchwAnyParameters& q) {
     return p.batch * q.slabs * q.row_tiles * q.column_tiles;
   }
-  static bool fits(const NchwParameters& q) { return threads_of(q) <= 256 && shared_bytes(q) <= kSharedBytes; }
+  static bool fits(const NchwAnyParameters& q) { return threads_of(q) <= 256 && shared_bytes(q) <= kSharedBytes; }
 
   // The largest tile that fits, of whole rows before several rows before several planes; on a GPU with many
   // multiprocessors fewer planes, then fewer rows.
-  static NchwParameters parameters(const DepthwiseProblem& p, int multiprocessors) {
+  static NchwAnyParameters parameters(const DepthwiseProblem& p, int multiprocessors) {
     int64_t groups[3] = {1, 1, 1};  // columns, rows, planes
-    const Axis rows = axis_of(p.window, 1, kRows), columns = axis_of(p.window, 2, U::kColumns);
+    const Axis rows = axis_of(p.window, 1, 1), columns = axis_of(p.window, 2, U::kColumns);
     const int64_t most[3] = {ceil_div(columns.blocks, columns.dilation), ceil_div(rows.blocks, rows.dilation),
                              p.channels};
-    NchwParameters best = tiled(p, 1, 1, 1);
+    NchwAnyParameters best = tiled(p, 1, 1, 1);
     for (int i = 0; i < 3; ++i) {
       while (groups[i] < most[i]) {
         const int64_t before = groups[i];
         groups[i] = min64(2 * groups[i], most[i]);
-        const NchwParameters next = tiled(p, groups[1], groups[0], groups[2]);
+        const NchwAnyParameters next = tiled(p, groups[1], groups[0], groups[2]);
         if (!fits(next) || (i > 0 && blocks_of(p, next) < 2 * int64_t{multiprocessors})) {
           groups[i] = before;
           break;
@@ -320,18 +288,14 @@ struct Nchw {
   }
 
   static int64_t threads(const DepthwiseProblem& p) {
-    const NchwParameters q = parameters(p, 1);
+    const NchwAnyParameters q = parameters(p, 1);
     return p.batch * p.channels * q.rows.blocks * q.columns.blocks;
   }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime) {
-    with_storage(p.dtype, [&]<class S>() { launch_as<S>(p, runtime); });
-  }
-  template <class S>
-  static void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
-    const NchwParameters q = parameters(p, runtime.threads);
+    const NchwAnyParameters q = parameters(p, runtime.threads);
     const int block = static_cast<int>(round_up(threads_of(q), kWarp));
-    cuda::launch("depthwise_nchw", depthwise_nchw<S, kRows, U>, blocks_of(p, q), block, shared_bytes(q), runtime, q);
+    cuda::launch("depthwise_nchw_any", depthwise_nchw_any<U>, blocks_of(p, q), block, shared_bytes(q), runtime, q);
   }
 };
 
