@@ -114,8 +114,9 @@ class NchwBlock {
     stream_planes(
         p_.out, p_.y, first, p_.dtype, planes_, rows.count, columns.count,
         [&](int64_t to, int at) {
-          const float4 four = *reinterpret_cast<const float4*>(box_ + at);
-          with_storage(p_.dtype, [&]<class S>() { store_quad(four, static_cast<S*>(p_.y) + to); });
+          with_storage(p_.dtype, [&]<class S>() {
+            store_quad(*reinterpret_cast<const float4*>(box_ + at), static_cast<S*>(p_.y) + to);
+          });
         },
         [&](int64_t to, int at) {
           with_storage(p_.dtype, [&]<class S>() { narrow(box_[at], static_cast<S*>(p_.y) + to); });

@@ -77,7 +77,9 @@ __device__ inline void store_quad(float4 value, S* to) {
   if constexpr (sizeof(S) == 4) {
     *reinterpret_cast<float4*>(to) = value;
   } else {
-    *reinterpret_cast<uint2*>(to) = make_uint2(narrow_pair<S>(value.x, value.y), narrow_pair<S>(value.z, value.w));
+    // One number: of a uint2 nvcc would make two stores here.
+    const uint64_t high = narrow_pair<S>(value.z, value.w);
+    *reinterpret_cast<uint64_t*>(to) = high << 32 | narrow_pair<S>(value.x, value.y);
   }
 }
 
