@@ -26,8 +26,7 @@ namespace cuda {
 extern const Kernel<DepthwiseProblem> direct_forward;
 extern const Kernel<DepthwiseProblem> nhwc_wide_k3s1, nhwc_wide_k3s2, nhwc_wide_k5s1, nhwc_wide_k5s2, nhwc_wide_k7s1,
     nhwc_wide_k7s2, nhwc_wide_kanys1, nhwc_wide_kanys2;
-extern const Kernel<DepthwiseProblem> nhwc_narrow_k3s1, nhwc_narrow_k3s2, nhwc_narrow_k5s1, nhwc_narrow_k5s2,
-    nhwc_narrow_k7s1, nhwc_narrow_k7s2, nhwc_narrow_kanys1, nhwc_narrow_kanys2;
+extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys1, nhwc_narrow_kanys2;
 extern const Kernel<DepthwiseProblem> nchw_k3s1, nchw_k3s2, nchw_k5s1, nchw_k5s2, nchw_k7s1, nchw_k7s2, nchw_kanys1,
     nchw_kanys2;
 }  // namespace cuda

@@ -34,7 +34,7 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """Blocks of 256 threads: one always, two of the kernels that go through shared memory."""
+    """Blocks of 256 threads: one always, two (or one of 512) of the kernels that go through shared memory."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
     assert all(k.registers <= 128 for k in table if "nchw" in k.kernel)
@@ -48,14 +48,25 @@ def nvdisasm() -> str:
     return found
 
 
-def hot_loop(text: str) -> list[str]:
-    """The instructions of the loop with the most multiply-adds, and of several such the shortest."""
-    instructions, labels, loops = [], {}, []
-    for text_line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", text_line):
-            labels[label[1]] = len(instructions)
-        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text_line):
-            instructions.append(instruction[1])
+def instructions_of(cubin: Path) -> dict[str, tuple[list[str], dict[str, int]]]:
+    """Of each kernel: its instructions, and where its labels are among them."""
+    done = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True)
+    kernels = {}
+    for text in re.split(r"^\.text\.", done.stdout, flags=re.MULTILINE)[1:]:
+        instructions: list[str] = []
+        labels = {}
+        for text_line in text.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", text_line):
+                labels[label[1]] = len(instructions)
+            if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text_line):
+                instructions.append(instruction[1])
+        kernels[text.partition(":")[0]] = instructions, labels
+    return kernels
+
+
+def hot_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
+    """The loop with the most multiply-adds, and of several such the shortest."""
+    loops = []
     for i, instruction in enumerate(instructions):
         target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], i + 1) <= i:
@@ -63,27 +74,54 @@ def hot_loop(text: str) -> list[str]:
     return max(loops, key=lambda loop: (multiply_adds(loop), -len(loop)))
 
 
+def straight_line(instructions: list[str], labels: dict[str, int]) -> list[str]:
+    """Between two branches or labels: where the most multiply-adds are."""
+    borders = {0, len(instructions), *labels.values()}
+    borders |= {i + 1 for i, text in enumerate(instructions) if re.search(r"\b(BRA|EXIT|RET|CALL)\b", text)}
+    ordered = sorted(borders)
+    return max((instructions[a:b] for a, b in zip(ordered, ordered[1:], strict=False)), key=multiply_adds)
+
+
 def multiply_adds(loop: list[str]) -> int:
     return sum("FFMA" in instruction for instruction in loop)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("source", "share"), [("nhwc_k3", 0.45), ("nhwc_k5", 0.60), ("nhwc_k7", 0.60)])
-def test_hot_loops_multiply(source, share, tmp_path):
-    """On sm_80, in float32: the share of multiply-adds, and inputs and weights in vectors of 16 bytes."""
-    cuda, disassembler = _build.find_cuda(), nvdisasm()
+def compiled(source: str, folder: Path) -> dict[str, tuple[list[str], dict[str, int]]]:
+    """The kernels of a source on sm_80."""
+    cuda = _build.find_cuda()
     if cuda is None:
         pytest.skip("nvcc was not found")
-    ptxas.compile_one(cuda, _build.CSRC / "cuda" / f"{source}.cu", "80", tmp_path / "kernel.cubin")
-    done = subprocess.run([disassembler, "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
-    kernels = re.split(r"^\.text\.", done.stdout, flags=re.MULTILINE)[1:]
-    checked = 0
-    for kernel in kernels:
-        if not re.match(r"\S*depthwise_nhwcIfLi4E", kernel):
-            continue
-        loop = hot_loop(kernel)
-        assert multiply_adds(loop) >= share * len(loop), kernel.partition(":")[0]
-        loads = [i for i in loop if "LDG" in i or "LDS" in i]
-        assert loads and all(".128" in i for i in loads)
-        checked += 1
-    assert checked == 2
+    ptxas.compile_one(cuda, _build.CSRC / "cuda" / f"{source}.cu", "80", folder / "kernel.cubin")
+    return instructions_of(folder / "kernel.cubin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taps", "share"), [(3, 0.45), (5, 0.60), (7, 0.60)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_hot_loops_multiply(taps, stride, share, tmp_path):
+    """In float32: the share of multiply-adds, and inputs and weights in vectors of 16 bytes."""
+    kernels = compiled(f"nhwc_wide_k{taps}s{stride}", tmp_path)
+    (kernel,) = [k for name, k in kernels.items() if re.match(r"\S*depthwise_nhwcIfLi4E", name)]
+    loop = hot_loop(*kernel)
+    assert multiply_adds(loop) >= share * len(loop)
+    loads = [i for i in loop if "LDG" in i or "LDS" in i]
+    assert loads and all(".128" in i for i in loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taps", "share"), [(3, 0.45), (5, 0.60), (7, 0.60)])
+def test_contiguous_rows_multiply(taps, share, tmp_path):
+    """Of a lane's rows of outputs, which are no loop, with all that it does once: the share of multiply-adds at stride
+    1. The streams move 4 values at once, of float32 by asynchronous copies."""
+    kernels = compiled(f"nchw_k{taps}", tmp_path)
+    assert len(kernels) == 2
+    for name, (instructions, labels) in kernels.items():
+        text = "\n".join(instructions)
+        block = straight_line(instructions, labels)
+        asynchronous = f"ILi{taps}ELi1E" in name
+        if asynchronous:
+            assert multiply_adds(block) >= share * len(block), name
+        assert not re.search(r"STL|LDL", "\n".join(block)), name
+        assert bool(re.search(r"LDGSTS\S*\.128", text)) == asynchronous, name
+        assert re.search(r"LDG\S*\.64", text), name
+        assert all(re.search(rf"\bSTG?\.E\S*\.{bits}", text) for bits in (64, 128)), name

@@ -13,8 +13,7 @@ int64_t threads_of(const DepthwiseProblem& p) {
 template <class S, class Index>
 void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
   const int64_t blocks = min64(ceil_div(threads_of(p), kThreads), (int64_t{1} << 31) - 1);
-  const auto kernel = p.y.stride[1] == 1 ? depthwise_direct<S, Index, true> : depthwise_direct<S, Index, false>;
-  launch("depthwise_direct", kernel, blocks, kThreads, 0, runtime, p);
+  launch("depthwise_direct", depthwise_direct<S, Index>, blocks, kThreads, 0, runtime, p);
 }
 
 template <class S>

@@ -11,20 +11,21 @@ namespace dsconv::cuda {
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;
 
-// kChannelsFast: neighbouring threads take neighbouring channels (channels_last), else neighbouring groups of columns
-// (contiguous). Index is int32_t where every offset fits, else int64_t.
-template <class S, class Index, bool kChannelsFast>
+// Neighbouring threads take neighbouring channels of channels_last tensors, neighbouring groups of columns of others.
+// Index is int32_t where every offset fits, else int64_t.
+template <class S, class Index>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_direct(const DepthwiseProblem p) {
   using T = Compute<S>;
   const Window& w = p.window;
   const Index channels = p.channels * p.multiplier, groups = (w.out[2] + kPixels - 1) / kPixels;
   const Index inner = channels * groups;
+  const bool channels_last = p.y.stride[1] == 1;
   const int64_t rows = p.batch * w.out[0] * w.out[1], total = rows * inner;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total; i += gridDim.x * int64_t{kThreads}) {
     const int64_t row = i / inner;
     const Index at = i - row * inner;
-    const Index o = kChannelsFast ? at % channels : at / groups;
-    const Index column = (kChannelsFast ? at / channels : at % groups) * kPixels;
+    const Index o = channels_last ? at % channels : at / groups;
+    const Index column = (channels_last ? at / channels : at % groups) * kPixels;
     const Index h = row % w.out[1], d = row / w.out[1] % w.out[0];
     const int64_t image = row / (w.out[0] * w.out[1]);
     const S* x = static_cast<const S*>(p.x.data) + image * p.x.stride[0] +

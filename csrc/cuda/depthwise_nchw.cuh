@@ -1,254 +1,245 @@
-// Depthwise forward, contiguous: a block copies a box of inputs of one or several planes to shared memory as one stream,
-// computes from there, and streams the outputs back through it. So memory sees whole sectors whatever the width, and a
-// row of inputs in registers serves kRows rows of outputs.
+// Depthwise forward, contiguous, undilated square filters: a block copies rows of one or several planes to shared memory
+// as memory has them, computes from there, and streams the outputs back the same way. Memory sees long runs of vectors
+// whatever the width. A lane is a column of outputs: its taps stay in registers, a row of inputs serves all rows of
+// outputs that it meets, and the lanes of a warp read neighbouring words.
 #pragma once
 
-#include "cuda/copy_async.cuh"
+#include <utility>
+
 #include "cuda/depthwise_rows.cuh"
+#include "cuda/plane_stream.cuh"
 
 namespace dsconv::cuda {
-
-// A box of a plane in shared memory. Columns that differ by `split` lie side by side: the outputs of a thread and what
-// they read are then neighbours, dilated or strided. Pitches in floats.
-struct Box {
-  int height, width;
-  int split, phase, row, plane;  // from one column modulo split to the next, one row, one plane
-
-  DSCONV_HD int at(int column) const { return split == 1 ? column : column % split * phase + column / split; }
-};
 
 struct NchwParameters {
   const void *x, *weight, *bias;
   void* y;
-  int64_t x_image, y_image, x_channel, y_channel, weight_channel, weight_tap, bias_channel;
-  int x_row, y_row;
-  Axis rows, columns;
-  int channels, planes, slabs;    // planes of a block, all of one image
-  int row_blocks, column_blocks;  // of a block's threads in each plane
+  int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
+  Planes in, out;
+  int height, width, out_height, out_width, pad_row, pad_column;
+  int channels, planes, slabs;  // planes of a block, all of one image
   int row_tiles, column_tiles;
-  Box in, out;
-  int taps_row, taps_plane;  // pitches
+  int box_height, box_width;  // those of a box that exist are copied
+  int chunks, columns;        // of a tile; a chunk is kRowsOfThread rows of outputs
+  int lanes, warps, across;   // lanes of one plane, warps of a chunk, warps across a row of outputs
+  int apart;                  // the planes of a warp
+  int half;                   // stride 2: from the even values of the box to the odd ones
+  int box;                    // floats of the box
+  DType dtype;
   ActivationSpec activation;
 };
 
-// Visits the elements of planes x height x width in the order of memory, the block's threads side by side: no division
-// but for the first.
-template <class Visit>
-__device__ inline void for_stream(int planes, int height, int width, Visit visit) {
-  const int step = blockDim.x, size = height * width;
-  const int step_plane = step / size, step_row = step % size / width, step_column = step % width;
-  int plane = threadIdx.x / size, row = threadIdx.x % size / width, column = threadIdx.x % width;
-  while (plane < planes) {
-    visit(plane, row, column);
-    column += step_column;
-    row += step_row;
-    plane += step_plane;
-    if (column >= width) {
-      column -= width;
-      ++row;
-    }
-    if (row >= height) {
-      row -= height;
-      ++plane;
-    }
-  }
-}
+// Enough rows that what a lane does once, above all fetching its taps, is little beside them; common feature maps have
+// a multiple of 7, and rows that do not exist are skipped.
+constexpr int kRowsOfThread = 14;
+// A row of a map that is not cut needs a lane for every output; else blocks of half as many leave the scheduler more
+// choice.
+constexpr int kMostThreads = 512, kThreads = kMostThreads / 2;
 
-// The part of [begin, begin + count) that exists.
-struct Clipped {
-  int low, count;
-
-  __device__ Clipped(int begin, int size, int limit) {
-    low = begin < 0 ? -begin : 0;
-    const int high = begin + size > limit ? limit - begin : size;
-    count = high > low ? high - low : 0;
-  }
-};
-
-template <class S, int kRows, class U>
+template <int kTaps, int kStride>
 class NchwBlock {
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
-      : p_(p), taps_(shared), box_(shared + p.planes * p.taps_plane) {
+      : p_(p), box_(shared), taps_(shared + p.box), biases_(taps_ + p.planes * kTaps * kTaps) {
     int64_t block = blockIdx.x;
     const int column_tile = static_cast<int>(block % p.column_tiles);
     block /= p.column_tiles;
     const int row_tile = static_cast<int>(block % p.row_tiles);
     block /= p.row_tiles;
     channel_ = static_cast<int>(block % p.slabs) * p.planes;
-    const int64_t image = block / p.slabs;
+    image_ = block / p.slabs;
     planes_ = p.channels - channel_ < p.planes ? p.channels - channel_ : p.planes;
-    row_ = row_tile * p.out.height;
-    column_ = column_tile * p.out.width;
-    x_ = static_cast<const S*>(p.x) + image * p.x_image + channel_ * p.x_channel;
-    y_ = static_cast<S*>(p.y) + image * p.y_image + channel_ * p.y_channel;
+    row_ = row_tile * p.chunks * kRowsOfThread;
+    column_ = column_tile * p.columns;
   }
 
   __device__ void load() {
-    const S* const weight = static_cast<const S*>(p_.weight) + channel_ * p_.weight_channel;
-    for_stream(planes_, p_.rows.taps, p_.columns.taps, [&](int plane, int u, int t) {
-      taps_[plane * p_.taps_plane + u * p_.taps_row + t] =
-          widen(__ldg(weight + plane * p_.weight_channel + (u * p_.columns.taps + t) * p_.weight_tap));
+    for_stream(planes_, 1, kTaps * kTaps, [&](int plane, int, int tap) {
+      taps_[plane * kTaps * kTaps + tap] =
+          load_one(p_.dtype, p_.weight, (channel_ + plane) * p_.weight_channel + tap * p_.weight_tap);
     });
-    const int top = top_of_box(), left = left_of_box();
-    const Clipped rows(top, p_.in.height, p_.rows.in), columns(left, p_.in.width, p_.columns.in);
-    const S* const from = x_ + (top + rows.low) * p_.x_row + left + columns.low;
-    if (rows.count > 0 && columns.count > 0) {
-      for_stream(planes_, rows.count, columns.count, [&](int plane, int row, int column) {
-        const S* const source = from + plane * p_.x_channel + row * p_.x_row + column;
-        float* const to = box_ + plane * p_.in.plane + (row + rows.low) * p_.in.row + p_.in.at(column + columns.low);
-        if constexpr (sizeof(S) == 4) {
-          copy_async(to, source);
-        } else {
-          *to = widen(__ldg(source));
-        }
-      });
-    }
+    for (int plane = threadIdx.x; plane < planes_; plane += blockDim.x)
+      biases_[plane] = p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f;
+    const Clipped rows = rows_of_box(), columns = columns_of_box();
+    const int64_t first =
+        image_ * p_.x_image + channel_ * p_.in.plane + static_cast<int64_t>(rows.begin) * p_.in.row + columns.begin;
+    behind_ = stream_planes(
+        p_.in, p_.x, first, p_.dtype, planes_, rows.count, columns.count,
+        [&](int64_t from, int at) { put_quad(from, at); },
+        [&](int64_t from, int at) {
+          if (p_.dtype == DType::f32) {
+            copy_async(place(at), static_cast<const float*>(p_.x) + from);
+          } else {
+            *place(at) = load_one(p_.dtype, p_.x, from);
+          }
+        });
     wait_for_copies();
   }
 
   __device__ void compute() {
-    const int blocks = p_.row_blocks * p_.column_blocks, plane = threadIdx.x / blocks, at = threadIdx.x % blocks;
-    const bool exists = plane < planes_;
-    const int row = p_.rows.first(at / p_.column_blocks, kRows),
-              column = p_.columns.first(at % p_.column_blocks, U::kColumns);
-    const Inside inside(p_.columns, left_of_box() + column * U::kStride);
-    const bool interior = inside.holds_all((U::kColumns - 1) * U::kStride + p_.columns.taps);
-    // The warp decides together: one that has both kinds would do the work of both.
-    if (__all_sync(~0u, !exists || interior)) {
-      if (exists) compute_block<true>(plane, row, column, inside);
-    } else if (exists) {
-      compute_block<false>(plane, row, column, inside);
-    }
-    __syncthreads();  // the box of inputs becomes that of outputs
-    if (!exists) return;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int chunk = warp / p_.warps, in_chunk = warp % p_.warps, plane_warp = in_chunk / p_.across;
+    const int segments = kWarp / p_.lanes;
+    plane_ = plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
+    out_column_ = in_chunk % p_.across * kWarp + lane % p_.lanes;
+    out_row_ = chunk * kRowsOfThread;
+    exists_ = plane_ < planes_ && out_column_ < p_.columns && column_ + out_column_ < p_.out_width;
+    if (!exists_) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float4 four;
-      four.x = outputs_.sum[outputs_.at(r, 0)];
-      four.y = outputs_.sum[outputs_.at(r, 1)];
-      four.z = outputs_.sum[outputs_.at(r, 2)];
-      four.w = outputs_.sum[outputs_.at(r, 3)];
-      float* const to = box_ + plane * p_.out.plane + (row + r * p_.rows.dilation) * p_.out.row + p_.out.at(column);
-      *reinterpret_cast<float4*>(to) = four;
+    for (float& sum : sums_) sum = biases_[plane_];
+    const int top = (row_ + out_row_) * kStride - p_.pad_row, left = (column_ + out_column_) * kStride - p_.pad_column;
+    const int first = plane_ * p_.in.plane_pitch + (top - rows_of_box().begin) * p_.in.row_pitch + left -
+                      columns_of_box().begin + behind_;
+    if (top >= 0 && top + kSpan <= p_.height) {  // the same for all lanes of a warp
+      add<true>(first, top, left);
+    } else {
+      add<false>(first, top, left);
     }
+    activate_values(sums_, p_.activation);
   }
 
-  __device__ void store() const {
-    const Clipped rows(row_, p_.out.height, p_.rows.out), columns(column_, p_.out.width, p_.columns.out);
-    for_stream(planes_, rows.count, columns.count, [&](int plane, int row, int column) {
-      narrow(box_[plane * p_.out.plane + row * p_.out.row + p_.out.at(column)],
-             y_ + plane * p_.y_channel + (row_ + row) * p_.y_row + column_ + column);
-    });
+  __device__ void store() {
+    const int64_t first =
+        image_ * p_.y_image + channel_ * p_.out.plane + static_cast<int64_t>(row_) * p_.out.row + column_;
+    if (exists_) {
+      const int at = plane_ * p_.out.plane_pitch + out_row_ * p_.out.row_pitch + out_column_ +
+                     behind_vector(p_.out, p_.y, first, p_.dtype);
+#pragma unroll
+      for (int r = 0; r < kRowsOfThread; ++r) {
+        if (row_ + out_row_ + r < p_.out_height) box_[at + r * p_.out.row_pitch] = sums_[r];
+      }
+    }
+    __syncthreads();
+    const Clipped rows(row_, p_.chunks * kRowsOfThread, p_.out_height), columns(column_, p_.columns, p_.out_width);
+    stream_planes(
+        p_.out, p_.y, first, p_.dtype, planes_, rows.count, columns.count,
+        [&](int64_t to, int at) {
+          with_storage(p_.dtype, [&]<class S>() {
+            store_quad(*reinterpret_cast<const float4*>(box_ + at), static_cast<S*>(p_.y) + to);
+          });
+        },
+        [&](int64_t to, int at) {
+          with_storage(p_.dtype, [&]<class S>() { narrow(box_[at], static_cast<S*>(p_.y) + to); });
+        });
   }
 
  private:
-  __device__ int top_of_box() const { return row_ * U::kStride - p_.rows.pad; }
-  __device__ int left_of_box() const { return column_ * U::kStride - p_.columns.pad; }
+  static constexpr int kSpan = (kRowsOfThread - 1) * kStride + kTaps;  // rows of inputs of a thread
 
-  template <bool kInterior>
-  __device__ void compute_block(int plane, int row, int column, const Inside& inside) {
-    const float bias[1] = {p_.bias ? widen(__ldg(static_cast<const S*>(p_.bias) + (channel_ + plane) * p_.bias_channel))
-                                   : 0.0f};
-    outputs_.start(bias);
-    const float* const taps = taps_ + plane * p_.taps_plane;
-    const float* const box = box_ + plane * p_.in.plane + p_.in.at(column * U::kStride);
-    const int top = top_of_box() + row * U::kStride;
-#pragma unroll 1
-    for (int i = 0; i < (kRows - 1) * U::kStride + p_.rows.taps; ++i) {
-      const int y = top + i * p_.rows.dilation;
-      if (static_cast<unsigned>(y) >= static_cast<unsigned>(p_.rows.in)) continue;
-      const float* const line = box + (row * U::kStride + i * p_.rows.dilation) * p_.in.row;
-#pragma unroll 1
-      for (int t0 = 0; t0 < (U::kExact ? 1 : p_.columns.taps); t0 += U::kTaps) {
-        const int across = p_.columns.taps - t0;
-        float in[U::kStride][kLength];
-#pragma unroll
-        for (int s = 0; s < U::kStride; ++s) load_line(line + s * p_.in.phase + t0 / U::kStride, in[s]);
-        outputs_.add(
-            i, p_.rows.taps, across,
-            [&](int, int c, float (&value)[1]) { value[0] = in[c % U::kStride][c / U::kStride]; },
-            [&](int, int u, int t, float (&weight)[1]) { weight[0] = taps[u * p_.taps_row + t0 + t]; },
-            [&](int c) { return kInterior || inside.holds(c + t0); });
-      }
+  __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
+  __device__ Clipped columns_of_box() const { return {column_ * kStride - p_.pad_column, p_.box_width, p_.width}; }
+
+  // Of a strided filter's inputs the even and the odd ones lie apart: the words that neighbouring lanes read are then
+  // neighbours.
+  __device__ float* place(int at) const { return box_ + (kStride == 1 ? at : (at & 1) * p_.half + (at >> 1)); }
+  __device__ void put_quad(int64_t from, int at) const {
+    if (kStride == 1 && p_.dtype == DType::f32) {
+      copy_async_16(place(at), static_cast<const float*>(p_.x) + from, 16);
+      return;
     }
-    activate_values(outputs_.sum, p_.activation);
+    float4 four;
+    with_storage(p_.dtype, [&]<class S>() { four = load_quad(static_cast<const S*>(p_.x) + from); });
+    if constexpr (kStride == 1) {
+      *reinterpret_cast<float4*>(place(at)) = four;
+    } else {
+      *reinterpret_cast<float2*>(place(at)) = make_float2(four.x, four.z);
+      *reinterpret_cast<float2*>(place(at + 1)) = make_float2(four.y, four.w);
+    }
   }
 
-  // Columns of one phase, in whole vectors: what lies behind the last one is not used.
-  static constexpr int kLength = ((U::kReads + U::kStride - 1) / U::kStride + 3) / 4 * 4;
+  // A column that a lane reads.
+  struct Column {
+    bool exists;
+    float in;
+  };
 
-  __device__ static void load_line(const float* from, float (&line)[kLength]) {
+  // The columns outside the map have neither inputs nor taps: both are zero, whatever the filter holds.
+  template <bool kInterior>
+  __device__ void add(int first, int top, int left) {
+    Column columns[kTaps];
+    float taps[kTaps][kTaps];
 #pragma unroll
-    for (int i = 0; i < kLength; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + i);
-      line[i] = four.x;
-      line[i + 1] = four.y;
-      line[i + 2] = four.z;
-      line[i + 3] = four.w;
+    for (int t = 0; t < kTaps; ++t) {
+      columns[t].exists = static_cast<unsigned>(left + t) < static_cast<unsigned>(p_.width);
+      columns[t].in = 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kTaps; ++u) {
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        const float tap = taps_[(plane_ * kTaps + u) * kTaps + t];
+        taps[u][t] = columns[t].exists ? tap : 0.0f;
+      }
+    }
+    const int step = p_.in.row_pitch * int{sizeof(float)};  // in bytes, or each row would shift it anew
+    // Of stride 2: the even and the odd columns, in even and in odd rows.
+    const float* line[kStride][kStride];
+#pragma unroll
+    for (int i = 0; i < kStride; ++i) {
+#pragma unroll
+      for (int t = 0; t < kStride; ++t) line[i][t] = place(first + i * p_.in.row_pitch + t);
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      if (kInterior || static_cast<unsigned>(top + i) < static_cast<unsigned>(p_.height)) {
+        add_row(std::make_integer_sequence<int, kTaps>(), i, line[i % kStride], taps, columns);
+      }
+#pragma unroll
+      for (int t = 0; t < kStride; ++t)
+        line[i % kStride][t] =
+            reinterpret_cast<const float*>(reinterpret_cast<const char*>(line[i % kStride][t]) + step);
+    }
+  }
+
+  // Columns as a pack, not as a loop: each is an instruction also for tests/simt, which tells by it which accesses of
+  // lanes that skip some of them belong together.
+  template <int... t>
+  __device__ __forceinline__ void add_row(std::integer_sequence<int, t...>, int i, const float* const (&line)[kStride],
+                                          const float (&taps)[kTaps][kTaps], Column (&columns)[kTaps]) {
+    ((columns[t].exists ? void(columns[t].in = line[t % kStride][t / kStride]) : void()), ...);
+#pragma unroll
+    for (int r = 0; r < kRowsOfThread; ++r) {
+      const int u = i - r * kStride;
+      if (u >= 0 && u < kTaps) ((sums_[r] = fmaf(taps[u][t], columns[t].in, sums_[r])), ...);
     }
   }
 
   const NchwParameters& p_;
-  float *taps_, *box_;
-  int channel_, planes_, row_, column_;
-  const S* x_;
-  S* y_;
-  Outputs<U, kRows, 1> outputs_;
+  float *box_, *taps_, *biases_;
+  int channel_, planes_, row_, column_, behind_;
+  int64_t image_;
+  int plane_, out_row_, out_column_;
+  bool exists_;
+  float sums_[kRowsOfThread];
 };
 
-template <class S, int kRows, class U>
-__global__ void __launch_bounds__(256, 2) depthwise_nchw(const NchwParameters p) {
-  NchwBlock<S, kRows, U> block(p, shared_memory<float>());
+// One kernel for all storage types: shared memory and registers hold floats, the type matters to the streams alone.
+template <int kTaps, int kStride>
+__global__ void __launch_bounds__(kMostThreads, 1) depthwise_nchw(const NchwParameters p) {
+  NchwBlock<kTaps, kStride> block(p, shared_memory<float>());
   block.load();
   __syncthreads();
   block.compute();
-  __syncthreads();
+  __syncthreads();  // the box of inputs becomes that of outputs
   block.store();
 }
 
 // A row of kernels.inc.
-template <int kRows, int kTaps, int kStride>
+template <int kTaps, int kStride>
 struct Nchw {
-  using U = Unrolled<kTaps, kStride>;
-  static constexpr int64_t kSharedBytes = 24 << 10;  // two blocks fit every architecture's multiprocessor
+  static constexpr int64_t kSharedBytes = 31 << 10;  // two blocks fit every architecture's multiprocessor
 
   static const char* can_run(const DepthwiseProblem& p) {
     if (const char* reason = why_not_rows(p, kTaps, kStride)) return reason;
     const Window& w = p.window;
+    if (w.taps[1] != kTaps) return "another number of taps along a column";
+    if (w.dilation[1] != 1 || w.dilation[2] != 1) return "dilated";
     if ((w.in[2] > 1 && p.x.stride[4] != 1) || (w.out[2] > 1 && p.y.stride[4] != 1)) return "not contiguous";
-    const NchwParameters q = parameters(p, 1);
-    if (shared_bytes(q) > 48 << 10) return "the window does not fit shared memory";
-    return blocks_of(p, q) > kLargestGrid ? kGridTooLarge : nullptr;
+    return blocks_of(p, parameters(p, 1)) > kLargestGrid ? kGridTooLarge : nullptr;
   }
 
-  static int64_t shared_bytes(const NchwParameters& q) {
-    const int64_t box = max64(q.in.plane, q.out.plane);
-    return q.planes * (q.taps_plane + box) * int64_t{sizeof(float)};
-  }
-
-  // A box whose rows lie so that the vectors of eight neighbouring threads are in different banks, also where a row of
-  // threads ends and the next begins `rows` lower.
-  static Box box_of(int height, int width, int split, int behind, int row_blocks, int column_blocks, int rows) {
-    Box box{height, width, split, 0, 0, 0};
-    box.phase = static_cast<int>(round_up(ceil_div(width, split) + behind, 4));
-    int quads = box.phase * split / 4;
-    const auto apart = [](int step, int wanted) { return (step - wanted) % 8 == 0; };
-    for (int more = 0; more < 8; ++more) {
-      if (apart(rows * (quads + more), column_blocks)) {
-        quads += more;
-        break;
-      }
-    }
-    box.row = 4 * quads;
-    int plane = quads * height;
-    while (!apart(plane, row_blocks * column_blocks)) ++plane;
-    box.plane = 4 * plane;
-    return box;
-  }
-
-  // Tiles of at most this many groups of row and column blocks, a group being one block of each phase of the dilation.
-  static NchwParameters tiled(const DepthwiseProblem& p, int64_t row_groups, int64_t column_groups, int64_t planes) {
+  // Tiles of at most so many chunks and columns.
+  static NchwParameters tiled(const DepthwiseProblem& p, int64_t chunks, int64_t column_tiles, int64_t planes) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
     const Window& w = p.window;
     NchwParameters q{};
@@ -258,77 +249,115 @@ struct Nchw {
     q.y = p.y.data;
     q.x_image = p.x.stride[0];
     q.y_image = p.y.stride[0];
-    q.x_channel = p.x.stride[1];
-    q.y_channel = p.y.stride[1];
     q.weight_channel = p.weight.stride[0];
     q.weight_tap = tap_stride(p);
     q.bias_channel = p.bias.stride[0];
-    q.x_row = w.in[1] > 1 ? narrow(p.x.stride[3]) : 0;
-    q.y_row = w.out[1] > 1 ? narrow(p.y.stride[3]) : 0;
-    q.rows = axis_of(w, 1, kRows);
-    q.columns = axis_of(w, 2, U::kColumns);
+    q.height = narrow(w.in[1]);
+    q.width = narrow(w.in[2]);
+    q.out_height = narrow(w.out[1]);
+    q.out_width = narrow(w.out[2]);
+    q.pad_row = narrow(w.pad[1]);
+    q.pad_column = narrow(w.pad[2]);
     q.channels = narrow(p.channels);
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
-    const int rows_of_group = kRows * q.rows.dilation, columns_of_group = U::kColumns * q.columns.dilation;
-    q.row_tiles = narrow(ceil_div(q.rows.blocks, q.rows.dilation * row_groups));
-    q.column_tiles = narrow(ceil_div(q.columns.blocks, q.columns.dilation * column_groups));
-    const int rows = narrow(ceil_div(q.rows.blocks / q.rows.dilation, q.row_tiles)),
-              columns = narrow(ceil_div(q.columns.blocks / q.columns.dilation, q.column_tiles));
-    q.row_blocks = rows * q.rows.dilation;
-    q.column_blocks = columns * q.columns.dilation;
-    const int height = rows * rows_of_group, width = columns * columns_of_group;
-    const int behind = kStride == 1 ? U::kTaps : U::kTaps / 2 + 4;  // vectors reach beyond the last column read
-    q.in = box_of(narrow(input_extent(height, w.taps[1], kStride, w.dilation[1])),
-                  narrow(input_extent(width, w.taps[2], kStride, w.dilation[2])),
-                  kStride == 1 ? q.columns.dilation : kStride, behind, q.row_blocks, q.column_blocks, kRows * kStride);
-    q.out = box_of(height, width, q.columns.dilation, 0, q.row_blocks, q.column_blocks, kRows);
-    q.taps_row = narrow(round_up(w.taps[2], 4));
-    q.taps_plane = narrow(w.taps[1]) * q.taps_row;
+    const int64_t all_chunks = ceil_div(w.out[1], kRowsOfThread);
+    q.row_tiles = narrow(ceil_div(all_chunks, chunks));
+    q.chunks = narrow(ceil_div(all_chunks, q.row_tiles));
+    // Tiles of a row start between sectors of every storage type.
+    q.columns = narrow(column_tiles == 1 ? w.out[2] : round_up(ceil_div(w.out[2], column_tiles), 16));
+    q.column_tiles = narrow(ceil_div(w.out[2], q.columns));
+    q.across = narrow(ceil_div(q.columns, kWarp));
+    for (q.lanes = 1; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
+    lay_out(p, q);
+    q.dtype = p.dtype;
     q.activation = p.activation;
     return q;
   }
 
-  static int threads_of(const NchwParameters& q) { return q.planes * q.row_blocks * q.column_blocks; }
+  // Planes of the smallest pitch with which the lanes of a warp are in different banks: the planes of a warp lie an odd
+  // multiple of `lanes` words apart (twice that for a stride of 2, whose lanes take every second word). The power of
+  // two in the pitch, times that in the number of planes between them, makes it so.
+  static void lay_out(const DepthwiseProblem& p, NchwParameters& q) {
+    const Window& w = p.window;
+    const auto power_of = [](int64_t n) { return static_cast<int>(n & -n); };
+    // Whole rows, and whole planes, are copied with what their last windows may leave over: they are one run.
+    const auto extent = [](int64_t outputs) { return (outputs - 1) * kStride + kTaps; };
+    const auto whole = [](int tiles, int64_t reach, int64_t size) { return tiles == 1 && size < reach + kStride; };
+    const int64_t reach[2] = {extent(q.chunks * kRowsOfThread), extent(q.columns)};
+    const bool all_columns = whole(q.column_tiles, reach[1], q.width),
+               all_rows = whole(q.row_tiles, reach[0], q.height);
+    q.box_height = static_cast<int>(all_rows ? w.in[1] + w.pad[1] : reach[0]);
+    q.box_width = static_cast<int>(all_columns ? w.in[2] + w.pad[2] : reach[1]);
+    const int rows = smaller(q.box_height, w.in[1]), width = smaller(q.box_width, w.in[2]),
+              out_rows = smaller(q.chunks * kRowsOfThread, w.out[1]);
+    const int segments = kWarp / q.lanes, wanted = q.lanes * kStride;
+    q.in = planes_of(p.x, w.in, rows, width, all_columns);
+    int& pitch = q.in.plane_pitch;
+    if (segments == 1) {
+      pitch = static_cast<int>(round_up(pitch, power_of(p.x.stride[1] | 4)));
+    } else {
+      if (power_of(pitch) < kStride) ++pitch;
+      if (power_of(pitch) > wanted || wanted / power_of(pitch) * segments > q.planes) {
+        while (power_of(pitch) != wanted) ++pitch;
+      }
+    }
+    q.apart = segments == 1 ? 1 : wanted / power_of(pitch);
+    q.out = planes_of(p.y, w.out, out_rows, q.columns, q.column_tiles == 1);
+    if (segments == 1) {
+      q.out.plane_pitch = static_cast<int>(round_up(q.out.plane_pitch, power_of(p.y.stride[1] | 4)));
+    } else {
+      while (power_of(q.out.plane_pitch) != q.lanes / q.apart) ++q.out.plane_pitch;
+    }
+    settle(q.in, all_rows && all_columns);
+    settle(q.out, q.row_tiles * q.column_tiles == 1);
+    q.warps = static_cast<int>(ceil_div(q.planes, q.apart * segments)) * q.apart * q.across;
+    const int64_t box = q.planes * int64_t{max64(q.in.plane_pitch, q.out.plane_pitch)} + 4;
+    q.half = static_cast<int>(round_up(ceil_div(box, 2), 32) + 16);
+    q.box = static_cast<int>(kStride == 1 ? round_up(box, 4) : 2 * q.half);
+  }
+
+  static int smaller(int64_t a, int64_t b) { return static_cast<int>(min64(a, b)); }
+  static int64_t shared_bytes(const NchwParameters& q) {
+    return (q.box + q.planes * (kTaps * kTaps + 1)) * int64_t{sizeof(float)};
+  }
+  static int threads_of(const NchwParameters& q) { return q.chunks * q.warps * kWarp; }
   static int64_t blocks_of(const DepthwiseProblem& p, const NchwParameters& q) {
     return p.batch * q.slabs * q.row_tiles * q.column_tiles;
   }
-  static bool fits(const NchwParameters& q) { return threads_of(q) <= 256 && shared_bytes(q) <= kSharedBytes; }
+  static bool fits(const NchwParameters& q, int threads) {
+    return threads_of(q) <= threads && shared_bytes(q) <= kSharedBytes;
+  }
 
-  // The largest tile that fits, of whole rows before several rows before several planes; on a GPU with many
-  // multiprocessors fewer planes, then fewer rows.
+  // The largest tile that fits, of whole rows before several chunks before several planes; on a GPU with many
+  // multiprocessors fewer planes, then fewer chunks.
   static NchwParameters parameters(const DepthwiseProblem& p, int multiprocessors) {
-    int64_t groups[3] = {1, 1, 1};  // columns, rows, planes
-    const Axis rows = axis_of(p.window, 1, kRows), columns = axis_of(p.window, 2, U::kColumns);
-    const int64_t most[3] = {ceil_div(columns.blocks, columns.dilation), ceil_div(rows.blocks, rows.dilation),
-                             p.channels};
-    NchwParameters best = tiled(p, 1, 1, 1);
-    for (int i = 0; i < 3; ++i) {
-      while (groups[i] < most[i]) {
-        const int64_t before = groups[i];
-        groups[i] = min64(2 * groups[i], most[i]);
-        const NchwParameters next = tiled(p, groups[1], groups[0], groups[2]);
-        if (!fits(next) || (i > 0 && blocks_of(p, next) < 2 * int64_t{multiprocessors})) {
-          groups[i] = before;
-          break;
-        }
+    int64_t column_tiles = ceil_div(p.window.out[2], kMostThreads);
+    while (!fits(tiled(p, 1, column_tiles, 1), kMostThreads)) ++column_tiles;
+    NchwParameters best = tiled(p, 1, column_tiles, 1);
+    const auto grow = [&](int64_t most, auto tile) {
+      for (int64_t n = 1; n < most;) {
+        n = min64(2 * n, most);
+        const NchwParameters next = tile(n);
+        if (!fits(next, kThreads) || blocks_of(p, next) < 2 * int64_t{multiprocessors}) break;
         best = next;
       }
-      if (groups[i] < most[i]) break;
-    }
+    };
+    grow(ceil_div(p.window.out[1], kRowsOfThread), [&](int64_t n) { return tiled(p, n, column_tiles, 1); });
+    if (best.row_tiles * best.column_tiles == 1)
+      grow(p.channels, [&](int64_t n) { return tiled(p, best.chunks, column_tiles, n); });
     return best;
   }
 
   static int64_t threads(const DepthwiseProblem& p) {
     const NchwParameters q = parameters(p, 1);
-    return p.batch * p.channels * q.rows.blocks * q.columns.blocks;
+    return blocks_of(p, q) * threads_of(q);
   }
 
-  template <class S>
-  static void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
+  static void launch(const DepthwiseProblem& p, const Runtime& runtime) {
     const NchwParameters q = parameters(p, runtime.threads);
-    const int block = static_cast<int>(round_up(threads_of(q), kWarp));
-    launch("depthwise_nchw", depthwise_nchw<S, kRows, U>, blocks_of(p, q), block, shared_bytes(q), runtime, q);
+    cuda::launch("depthwise_nchw", depthwise_nchw<kTaps, kStride>, blocks_of(p, q), threads_of(q), shared_bytes(q),
+                 runtime, q);
   }
 };
 

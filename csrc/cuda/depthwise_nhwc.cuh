@@ -233,13 +233,16 @@ struct Nhwc {
     return q.items * q.slabs * slab_of(p.dtype) / vector_of(p.dtype);
   }
 
+  static void launch(const DepthwiseProblem& p, const Runtime& runtime) {
+    with_storage(p.dtype, [&]<class S>() { launch_as<S>(p, runtime); });
+  }
   template <class S>
   static void launch_as(const DepthwiseProblem& p, const Runtime& runtime) {
     const NhwcParameters q = parameters(p);
     const int block = threads_of_block(threads(p), 256, runtime.threads);
     const int64_t blocks = ceil_div(q.items, block / kLanes<kVector<S>>) * q.slabs;
-    launch("depthwise_nhwc", depthwise_nhwc<S, kVector<S>, rows_of(kVector<S>), U<S>>, blocks, block, shared_bytes(p),
-           runtime, q);
+    cuda::launch("depthwise_nhwc", depthwise_nhwc<S, kVector<S>, rows_of(kVector<S>), U<S>>, blocks, block,
+                 shared_bytes(p), runtime, q);
   }
 };
 

@@ -135,17 +135,13 @@ inline int threads_of_block(int64_t threads, int most, int multiprocessors) {
   return block;
 }
 
-// The Kernel of a row that has can_run, threads and launch_as<S>.
+// The Kernel of a row that has can_run, threads and launch.
 template <class Row>
 constexpr Kernel<DepthwiseProblem> kernel_of_rows() {
   return {
       Row::can_run,
       [](const DepthwiseProblem&, int) -> size_t { return 0; },
-      [](const DepthwiseProblem& p, const Runtime& runtime, void*) {
-        if (p.dtype == DType::f32) return Row::template launch_as<float>(p, runtime);
-        if (p.dtype == DType::bf16) return Row::template launch_as<__nv_bfloat16>(p, runtime);
-        return Row::template launch_as<__half>(p, runtime);
-      },
+      [](const DepthwiseProblem& p, const Runtime& runtime, void*) { Row::launch(p, runtime); },
       Row::threads,
   };
 }

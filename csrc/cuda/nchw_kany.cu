@@ -1,8 +1,8 @@
-#include "cuda/depthwise_nchw.cuh"
+#include "cuda/depthwise_nchw_any.cuh"
 
 namespace dsconv::cuda {
 
-extern const Kernel<DepthwiseProblem> nchw_kanys1 = kernel_of_rows<Nchw<1, kAnyTaps, 1>>();
-extern const Kernel<DepthwiseProblem> nchw_kanys2 = kernel_of_rows<Nchw<1, kAnyTaps, 2>>();
+extern const Kernel<DepthwiseProblem> nchw_kanys1 = kernel_of_rows<NchwAny<1>>();
+extern const Kernel<DepthwiseProblem> nchw_kanys2 = kernel_of_rows<NchwAny<2>>();
 
 }  // namespace dsconv::cuda

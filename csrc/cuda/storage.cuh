@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "geometry.h"
+
 namespace dsconv::cuda {
 
 template <class S>
@@ -57,6 +59,42 @@ __device__ inline uint32_t narrow_pair(float low, float high) {
   uint32_t bits;
   memcpy(&bits, &pair, sizeof bits);
   return bits;
+}
+
+// Four neighbouring values in one access.
+template <class S>
+__device__ inline float4 load_quad(const S* from) {
+  if constexpr (sizeof(S) == 4) {
+    return __ldg(reinterpret_cast<const float4*>(from));
+  } else {
+    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
+    const float2 low = widen_pair<S>(bits.x), high = widen_pair<S>(bits.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+  }
+}
+template <class S>
+__device__ inline void store_quad(float4 value, S* to) {
+  if constexpr (sizeof(S) == 4) {
+    *reinterpret_cast<float4*>(to) = value;
+  } else {
+    // One number: of a uint2 nvcc would make two stores here.
+    const uint64_t high = narrow_pair<S>(value.z, value.w);
+    *reinterpret_cast<uint64_t*>(to) = high << 32 | narrow_pair<S>(value.x, value.y);
+  }
+}
+
+// Calls use.template operator()<S>() for the storage type, one of three.
+template <class Use>
+DSCONV_HD inline void with_storage(DType dtype, Use use) {
+  if (dtype == DType::f32) return use.template operator()<float>();
+  if (dtype == DType::bf16) return use.template operator()<__nv_bfloat16>();
+  return use.template operator()<__half>();
+}
+
+__device__ inline float load_one(DType dtype, const void* data, int64_t index) {
+  float value;
+  with_storage(dtype, [&]<class S>() { value = widen(__ldg(static_cast<const S*>(data) + index)); });
+  return value;
 }
 
 // Elements of a 16-byte vector.

@@ -2,8 +2,6 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<DepthwiseProblem> nhwc_wide_kanys1 = kernel_of_rows<Nhwc<true, kAnyTaps, 1>>();
-extern const Kernel<DepthwiseProblem> nhwc_wide_kanys2 = kernel_of_rows<Nhwc<true, kAnyTaps, 2>>();
 extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys1 = kernel_of_rows<Nhwc<false, kAnyTaps, 1>>();
 extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys2 = kernel_of_rows<Nhwc<false, kAnyTaps, 2>>();
 

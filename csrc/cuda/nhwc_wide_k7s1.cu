@@ -1,0 +1,7 @@
+#include "cuda/depthwise_nhwc.cuh"
+
+namespace dsconv::cuda {
+
+extern const Kernel<DepthwiseProblem> nhwc_wide_k7s1 = kernel_of_rows<Nhwc<true, 7, 1>>();
+
+}  // namespace dsconv::cuda
