@@ -47,24 +47,26 @@ class Case {
   }
   template <class Use>
   auto with(const Tensors& outputs, Use use) const {
-    return use(depthwise_problem(spec_, views_of(inputs_, outputs), {}));
+    return with_problem(spec_, views_of(inputs_, outputs), {}, use);
   }
   const char* refusal(const Row& row) const {
     const Tensors outputs = tensors_of(spec_, true);
-    return with(outputs, [&](const DepthwiseProblem& p) { return kernel_of<DepthwiseProblem>(row).can_run(p); });
+    return with(outputs, [&]<class Problem>(const Problem& p) { return kernel_of<Problem>(row).can_run(p); });
   }
   // Throws simt::Violation; "" or what was touched that should not be.
   std::string launch(const Row& row, const Tensors& outputs) const {
-    const auto& kernel = kernel_of<DepthwiseProblem>(row);
-    const auto bytes =
-        with(outputs, [&](const DepthwiseProblem& p) { return kernel.workspace_bytes(p, runtime.threads); });
+    const auto bytes = with(outputs, [&]<class Problem>(const Problem& p) {
+      return kernel_of<Problem>(row).workspace_bytes(p, runtime.threads);
+    });
     const Buffer workspace(static_cast<int64_t>(bytes), 0);
     std::vector<simt::trace::Range> buffers{{workspace.data(), workspace.bytes()}};
     for (const Tensors* tensors : {&inputs_, &outputs}) {
       for (const auto& [role, tensor] : *tensors) buffers.push_back({tensor.buffer().data(), tensor.buffer().bytes()});
     }
     simt::trace::set_buffers(buffers);
-    with(outputs, [&](const DepthwiseProblem& p) { kernel.launch(p, runtime, workspace.data()); });
+    with(outputs, [&]<class Problem>(const Problem& p) {
+      kernel_of<Problem>(row).launch(p, runtime, workspace.data());
+    });
     for (const auto& [role, tensor] : outputs) {
       if (!tensor.untouched_outside()) return std::string("wrote outside ") + kRoleNames[role];
     }
