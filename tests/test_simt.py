@@ -27,7 +27,7 @@ from dsconv_ext import _build
 # What runs on the device; device.cu asks the hardware and stays out.
 KERNELS = [s for s in _build.sources(cuda=True) if s.endswith(".cu") and s != "csrc/cuda/device.cu"]
 KERNELS += ["tests/simt/plants.cu"]
-HARNESS = ["tests/simt/simt.cpp", "tests/simt/trace.cpp", "tests/simt/driver.cpp", "csrc/choose.cpp"]
+HARNESS = [*(f"tests/simt/{name}.cpp" for name in ("simt", "matrix", "trace", "driver")), "csrc/choose.cpp"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-// A launch, and the shared memory it asked for. What g++ cannot compile is here and in copy_async.cuh and nowhere else:
-// tests/simt has headers of the same names that run kernels on the CPU.
+// A launch, and the shared memory it asked for. What g++ cannot compile is here, in copy_async.cuh and in mma.cuh, and
+// nowhere else: tests/simt has headers of the same names that run kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

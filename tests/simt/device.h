@@ -6,8 +6,6 @@
 #include <cuda_runtime_api.h>
 #include <math.h>
 
-#include <cstring>
-
 #include "simt/simt.h"
 
 #undef __global__
@@ -29,18 +27,13 @@ using simt::blockDim, simt::blockIdx, simt::gridDim, simt::threadIdx;
 using SimtSite = std::source_location;
 
 inline void __syncthreads(SimtSite site = SimtSite::current()) { simt::block_barrier(site); }
-inline void __syncwarp(unsigned mask = ~0u, SimtSite site = SimtSite::current()) { simt::warp_exchange(mask, 0, site); }
+inline void __syncwarp(unsigned mask = ~0u, SimtSite site = SimtSite::current()) { simt::warp_barrier(mask, site); }
 
 // Every lane of the mask brings its value and leaves with all of them.
 template <class T>
 T simt_shuffle(unsigned mask, T value, int from, SimtSite site) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  const simt::Lanes& all = simt::warp_exchange(mask, bits, site);
-  const int lane = simt::lane();
-  std::memcpy(&value, &all.value[from < 0 || from > 31 ? lane : from], sizeof value);
-  return value;
+  const simt::Lanes& all = simt::warp_exchange(mask, value, site);
+  return all.from<T>(from < 0 || from > 31 ? simt::lane() : from);
 }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, SimtSite site = SimtSite::current()) {
@@ -61,7 +54,7 @@ T __shfl_xor_sync(unsigned mask, T value, int by, SimtSite site = SimtSite::curr
 inline unsigned __ballot_sync(unsigned mask, bool vote, SimtSite site = SimtSite::current()) {
   const simt::Lanes& all = simt::warp_exchange(mask, vote, site);
   unsigned votes = 0;
-  for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1) && all.value[i] ? 1u << i : 0;
+  for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1) && all.from<bool>(i) ? 1u << i : 0;
   return votes;
 }
 inline bool __all_sync(unsigned mask, bool vote, SimtSite site = SimtSite::current()) {

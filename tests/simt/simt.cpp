@@ -51,9 +51,11 @@ constexpr int64_t kMaxSharedBytes = 48 << 10, kSharedTotal = kMaxSharedBytes + 2
 enum class State : uint8_t { runnable, at_barrier, in_exchange, done };
 
 struct Copy {
-  void* to;
+  unsigned char* to;
   const void* from;
-  int bytes;
+  int size, bytes;          // the rest of the size becomes 0
+  int64_t group;            // of its thread
+  const void* instruction;  // that asked for it
 };
 
 struct Fibre {
@@ -61,8 +63,10 @@ struct Fibre {
   State state;
   std::source_location site;
   unsigned mask;  // of the exchange
-  uint64_t value;
+  bool orders_memory;
+  unsigned char value[Lanes::kBytes];
   std::vector<Copy> copies;
+  int64_t groups;  // committed
 };
 
 struct Machine {
@@ -71,6 +75,7 @@ struct Machine {
   Lanes exchanged[kMaxThreads / 32];
   void* scheduler;
   int current, threads;
+  int64_t shared_bytes;
   const char* kernel;
   const std::function<void()>* thread;
   std::string failure;
@@ -102,9 +107,7 @@ void leave(State state) {
 void main_of_fibre() {
   Machine& m = machine();
   (*m.thread)();
-  Fibre& self = m.fibres[m.current];
-  if (!self.copies.empty() && m.failure.empty())
-    m.failure = "thread " + std::to_string(m.current) + " ended with copies that it never waited for";
+  if (!m.fibres[m.current].copies.empty()) fail("ended with copies that it never waited for");
   leave(State::done);
   std::abort();
 }
@@ -129,6 +132,11 @@ void make_fibre(int index) {
   fibre.stack_pointer = frame;
   fibre.state = State::runnable;
   fibre.copies.clear();
+  fibre.groups = 0;
+}
+
+bool same_place(const std::source_location& a, const std::source_location& b) {
+  return a.line() == b.line() && a.column() == b.column();
 }
 
 // Lets the exchange of a warp happen when every lane of its mask has come; false when nothing could.
@@ -142,16 +150,16 @@ bool release_warp(int warp) {
     for (int j = 0; j < 32; ++j) {
       if (!(one.mask >> j & 1)) continue;
       complete = complete && j < count && m.fibres[first + j].state == State::in_exchange &&
-                 m.fibres[first + j].mask == one.mask && m.fibres[first + j].site.line() == one.site.line();
+                 m.fibres[first + j].mask == one.mask && same_place(m.fibres[first + j].site, one.site);
     }
     if (!complete || !(one.mask >> i & 1)) continue;
     const unsigned mask = one.mask;
     for (int j = 0; j < count; ++j) {
       if (!(mask >> j & 1)) continue;
-      m.exchanged[warp].value[j] = m.fibres[first + j].value;
+      m.exchanged[warp].bring(j, m.fibres[first + j].value);
       m.fibres[first + j].state = State::runnable;
     }
-    trace::warp_synchronised(warp, mask);
+    if (one.orders_memory) trace::warp_synchronised(warp, mask);
     return true;
   }
   return false;
@@ -170,7 +178,7 @@ void release_block() {
   Machine& m = machine();
   const auto waits_like = [&](int a, int b) {
     const Fibre &one = m.fibres[a], &other = m.fibres[b];
-    return one.state == other.state && one.site.line() == other.site.line();
+    return one.state == other.state && same_place(one.site, other.site);
   };
   int waiting = 0, other = 0;
   while (m.fibres[waiting].state == State::done) ++waiting;
@@ -225,6 +233,7 @@ void run(const char* kernel, const Grid& grid, const std::function<void()>& thre
   largest.shared_bytes = std::max(largest.shared_bytes, grid.shared_bytes);
   if (dry) return;
   m.threads = grid.threads;
+  m.shared_bytes = grid.shared_bytes;
   m.kernel = kernel;
   m.thread = &thread;
   m.failure.clear();
@@ -252,39 +261,72 @@ void run(const char* kernel, const Grid& grid, const std::function<void()>& thre
 }
 
 void* shared_memory() { return machine().shared + kBand; }
+bool in_shared_memory(const void* at, int bytes) {
+  const auto* const begin = static_cast<const unsigned char*>(shared_memory());
+  const auto* const p = static_cast<const unsigned char*>(at);
+  return p >= begin && p + bytes <= begin + machine().shared_bytes;
+}
 int lane() { return machine().current % 32; }
+
+void fail(const std::string& what) {
+  Machine& m = machine();
+  if (m.failure.empty()) m.failure = "thread " + std::to_string(m.current) + " " + what;
+}
 
 void block_barrier(const std::source_location& site) {
   machine().fibres[machine().current].site = site;
   leave(State::at_barrier);
 }
 
-const Lanes& warp_exchange(unsigned mask, uint64_t value, const std::source_location& site) {
-  Machine& m = machine();
-  Fibre& self = m.fibres[m.current];
+namespace {
+
+void meet_warp(unsigned mask, bool orders_memory, const std::source_location& site) {
+  Fibre& self = machine().fibres[machine().current];
   self.site = site;
   self.mask = mask;
-  self.value = value;
+  self.orders_memory = orders_memory;
   leave(State::in_exchange);
+}
+
+}  // namespace
+
+void warp_barrier(unsigned mask, const std::source_location& site) { meet_warp(mask, true, site); }
+
+const Lanes& warp_exchange(unsigned mask, const void* value, size_t bytes, const std::source_location& site) {
+  Machine& m = machine();
+  std::memcpy(m.fibres[m.current].value, value, bytes);
+  meet_warp(mask, false, site);
   return m.exchanged[m.current / 32];
 }
 
-void copy_async(void* shared, const void* global, int bytes) {
-  trace::access(global, bytes, trace::Kind::read, __builtin_return_address(0));
-  machine().fibres[machine().current].copies.push_back({shared, global, bytes});
-}
-
-void wait_for_copies() {
+void copy_async(void* shared, const void* global, int size, int bytes) {
   Fibre& self = machine().fibres[machine().current];
-  for (const Copy& copy : self.copies) {
-    trace::access(copy.to, copy.bytes, trace::Kind::write, __builtin_return_address(0));
-    std::memcpy(copy.to, copy.from, copy.bytes);
-  }
-  self.copies.clear();
+  const auto misaligned = [size](const void* p) { return reinterpret_cast<uintptr_t>(p) % size != 0; };
+  if (bytes < 0 || bytes > size)
+    return fail("copies " + std::to_string(bytes) + " of " + std::to_string(size) + " bytes");
+  if (misaligned(shared) || misaligned(global)) return fail("copies " + std::to_string(size) + " misaligned bytes");
+  if (!in_shared_memory(shared, size)) return fail("copies to outside shared memory");
+  const void* const instruction = __builtin_return_address(0);
+  trace::access(global, bytes, trace::Kind::read, instruction);
+  trace::check(shared, size, trace::Kind::write);  // it may arrive from now on
+  std::memset(shared, 0xff, size);                 // NaN
+  self.copies.push_back({static_cast<unsigned char*>(shared), global, size, bytes, self.groups, instruction});
 }
 
-void note_atomic(const void* at, int bytes) {
-  trace::access(at, bytes, trace::Kind::atomic, __builtin_return_address(0));
+void commit_copies() { ++machine().fibres[machine().current].groups; }
+
+void wait_for_copies_but(int pending) {
+  Fibre& self = machine().fibres[machine().current];
+  const auto arrives = [&](const Copy& copy) { return copy.group < self.groups - pending; };
+  for (const Copy& copy : self.copies) {
+    if (!arrives(copy)) continue;
+    trace::access(copy.to, copy.size, trace::Kind::write, copy.instruction);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
+  }
+  std::erase_if(self.copies, arrives);
 }
+
+void note_atomic(const void* at, int bytes) { trace::check(at, bytes, trace::Kind::atomic); }
 
 }  // namespace simt

@@ -5,6 +5,7 @@
 #include <vector_types.h>
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <stdexcept>
@@ -43,15 +44,44 @@ struct Extent {
 extern Extent largest;
 
 // For kernels.
-struct Lanes {
-  uint64_t value[32];
-};
 void* shared_memory();
+bool in_shared_memory(const void* at, int bytes);
 int lane();
 void block_barrier(const std::source_location& site);
-const Lanes& warp_exchange(unsigned mask, uint64_t value, const std::source_location& site);
-void copy_async(void* shared, const void* global, int bytes);
-void wait_for_copies();
+void warp_barrier(unsigned mask, const std::source_location& site);
 void note_atomic(const void* at, int bytes);
+// The running thread has done what it must not. The first of these becomes the Violation; the block runs no further.
+void fail(const std::string& what);
+
+// What the lanes of a warp brought to an exchange.
+class Lanes {
+ public:
+  static constexpr size_t kBytes = 48;
+  template <class T>
+  T from(int lane) const {
+    static_assert(sizeof(T) <= kBytes);
+    T value;
+    std::memcpy(&value, bytes_[lane], sizeof value);
+    return value;
+  }
+  void bring(int lane, const void* value) { std::memcpy(bytes_[lane], value, kBytes); }
+
+ private:
+  alignas(8) unsigned char bytes_[32][kBytes];
+};
+// Every lane of the mask brings a value and leaves with all of them. Memory is not ordered by it.
+const Lanes& warp_exchange(unsigned mask, const void* value, size_t bytes, const std::source_location& site);
+template <class T>
+const Lanes& warp_exchange(unsigned mask, const T& value, const std::source_location& site) {
+  static_assert(sizeof(T) <= Lanes::kBytes);
+  return warp_exchange(mask, &value, sizeof value, site);
+}
+
+// The data arrives when its group is waited for and not before, and meanwhile the target holds NaN: a copy that is not
+// waited for, or only with a later group, shows. `bytes` of the `size` come from global memory, the rest become 0.
+void copy_async(void* shared, const void* global, int size, int bytes);
+void commit_copies();
+// All committed groups of this thread but the last `pending` have arrived.
+void wait_for_copies_but(int pending);
 
 }  // namespace simt

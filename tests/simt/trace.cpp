@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <map>
 #include <set>
@@ -29,7 +30,7 @@ struct Cell {
 
 // A request is what the lanes of a warp do with one instruction at a time: each lane's n-th execution of it.
 struct Event {
-  const void* instruction;
+  uintptr_t instruction;
   int64_t execution;
   uintptr_t at;
   int bytes;
@@ -48,8 +49,8 @@ struct Tracer {
   int thread = -1;
   int64_t epoch = 0;
   std::array<int64_t, 32> warp_epoch{};
-  std::vector<std::unordered_map<const void*, int64_t>> executions;  // per thread
-  std::vector<std::vector<Event>> events;                            // per warp
+  std::vector<std::unordered_map<uintptr_t, int64_t>> executions;  // per thread
+  std::vector<std::vector<Event>> events;                          // per warp
   std::set<std::string> kinds;
   Report report{};
 };
@@ -205,36 +206,65 @@ void leave_thread() { tracer().running = false; }
 void block_synchronised() { ++tracer().epoch; }
 void warp_synchronised(int warp, unsigned) { ++tracer().warp_epoch[warp]; }
 
-void access(const volatile void* at, int bytes, Kind kind, const void* instruction) {
+namespace {
+
+const unsigned char* plain(const volatile void* at) {
+  return const_cast<const unsigned char*>(static_cast<const volatile unsigned char*>(at));
+}
+
+// The buffer that holds all of the access, else their number.
+size_t buffer_of(const unsigned char* p, int bytes) {
   Tracer& t = tracer();
-  if (!t.running) return;
-  const auto* p = const_cast<const unsigned char*>(static_cast<const volatile unsigned char*>(at));
+  size_t buffer = 0;
+  while (buffer < t.buffers.size() && !holds(t.buffers[buffer], p, bytes)) ++buffer;
+  return buffer;
+}
+
+}  // namespace
+
+bool check(const volatile void* at, int bytes, Kind kind) {
+  Tracer& t = tracer();
+  if (!t.running) return false;
+  const unsigned char* const p = plain(at);
   const bool is_stack = holds(t.stacks, p, bytes) || (p >= t.caller_stack && p < t.caller_stack + (1 << 20));
   const bool is_static =
       p >= reinterpret_cast<unsigned char*>(&__executable_start) && p < reinterpret_cast<unsigned char*>(&::end);
-  if (is_stack || is_static) return;
+  if (is_stack || is_static) return false;
   const bool shared = holds(t.shared, p, bytes);
-  size_t buffer = 0;
-  while (!shared && buffer < t.buffers.size() && !holds(t.buffers[buffer], p, bytes)) ++buffer;
-  if (!shared && buffer == t.buffers.size())
-    return violate(kind == Kind::read ? "reads outside" : "writes outside", " every buffer");
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) violate("misaligned access", " of " + std::to_string(bytes));
+  const size_t buffer = shared ? 0 : buffer_of(p, bytes);
+  if (!shared && buffer == t.buffers.size()) {
+    violate(kind == Kind::read ? "reads outside" : "writes outside", " every buffer");
+    return false;
+  }
+  if (std::has_single_bit(static_cast<unsigned>(bytes)) && reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    violate("misaligned access", " of " + std::to_string(bytes));
   const unsigned char* const base = shared ? t.shared.begin : t.buffers[buffer].begin;
   std::vector<Cell>& cells = shared ? t.cells.back() : t.cells[buffer];
   const Stamp now{static_cast<int64_t>(blockIdx.x), t.epoch, t.warp_epoch[t.thread / kWarp], t.thread,
                   kind == Kind::atomic};
   for (int i = 0; i < bytes; i += kGranule)
     check_race(cells[(p + i - base) / kGranule], now, kind, shared ? "shared memory" : "global memory");
-  if (kind == Kind::atomic) return;
+  return true;
+}
+
+void access(const volatile void* at, int bytes, Kind kind, const void* instruction) {
+  Tracer& t = tracer();
+  if (!t.running) return;
+  const bool write = kind == Kind::write;
+  const uintptr_t what = 2 * reinterpret_cast<uintptr_t>(instruction) + write;  // a copy does both
+  const int64_t execution = t.executions[t.thread][what]++;
+  if (bytes == 0 || !check(at, bytes, kind)) return;
+  const unsigned char* const p = plain(at);
+  const bool shared = holds(t.shared, p, bytes);
   Counts& counts = t.report.counts;
   if (!shared) {
-    (kind == Kind::read ? counts.bytes_read : counts.bytes_written) += bytes;
+    (write ? counts.bytes_written : counts.bytes_read) += bytes;
     counts.largest_access = std::max<int64_t>(counts.largest_access, bytes);
-    for (int i = 0; kind == Kind::write && i < bytes; ++i) t.written[buffer][p + i - base] = true;
+    const size_t buffer = buffer_of(p, bytes);
+    for (int i = 0; write && i < bytes; ++i) t.written[buffer][p + i - t.buffers[buffer].begin] = true;
   }
-  t.events[t.thread / kWarp].push_back({instruction, t.executions[t.thread][instruction]++,
-                                        reinterpret_cast<uintptr_t>(p), bytes, shared, kind == Kind::write,
-                                        t.thread % kWarp});
+  t.events[t.thread / kWarp].push_back(
+      {what, execution, reinterpret_cast<uintptr_t>(p), bytes, shared, write, t.thread % kWarp});
 }
 
 }  // namespace simt::trace

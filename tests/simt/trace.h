@@ -19,7 +19,7 @@ struct Range {
 };
 
 // Of global memory: what was asked for, and the 32-byte sectors that moved, per request of a warp and per block. Of
-// shared memory: the cycles its banks were busy, and the fewest that could do. Atomics count as races do: not here.
+// shared memory: the cycles its banks were busy, and the fewest that could do. Atomics are not counted.
 struct Counts {
   int64_t bytes_read, bytes_written;      // asked for, all threads together
   int64_t sectors_requested;              // per request: what the L1 moves
@@ -49,6 +49,10 @@ void enter_thread(int index);
 void leave_thread();
 void block_synchronised();
 void warp_synchronised(int warp, unsigned mask);
+// An access of the running thread: checked, and counted with what the other lanes of its warp do in this instruction.
+// Without bytes it only keeps in step with theirs.
 void access(const volatile void* at, int bytes, Kind kind, const void* instruction);
+// Checked alone. False when it is none to count: of a stack or static data, or outside.
+bool check(const volatile void* at, int bytes, Kind kind);
 
 }  // namespace simt::trace
