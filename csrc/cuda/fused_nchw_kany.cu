@@ -2,6 +2,6 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nchw_kany = kernel_of_fused<0, 0, true>();
+extern const Kernel<SeparableProblem> fused_nchw_kany = kernel_of_fused<0, 0, true, Tiny, Small>();
 
 }  // namespace dsconv::cuda

@@ -2,6 +2,6 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nhwc_k7s1 = kernel_of_fused<7, 1, false>();
+extern const Kernel<SeparableProblem> fused_nhwc_k7s1 = kernel_of_fused<7, 1, false, Small, Large>();
 
 }  // namespace dsconv::cuda

@@ -2,6 +2,6 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nhwc_kany = kernel_of_fused<0, 0, false>();
+extern const Kernel<SeparableProblem> fused_nhwc_kany = kernel_of_fused<0, 0, false, Tiny, Small>();
 
 }  // namespace dsconv::cuda

@@ -27,12 +27,13 @@ FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pi
 // null, or the reason why not. 0 taps or a stride of 0 are any.
 const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool pixels_inner);
 
-// A row of kernels.inc.
-template <int kTaps, int kStride, bool kPixelsInner>
-struct Fused {
-  using Small = FusedTile<64, 64, 4>;
-  using Large = FusedTile<128, 128, 8>;
+using Tiny = FusedTile<32, 64, 2>;
+using Small = FusedTile<64, 64, 4>;
+using Large = FusedTile<128, 128, 8>;
 
+// A row of kernels.inc, and the tiles it has code for: of the smallest come the most blocks and the smallest boxes.
+template <int kTaps, int kStride, bool kPixelsInner, class Smallest, class... Larger>
+struct Fused {
   template <class Tile>
   static FusedPlan plan(const SeparableProblem& p, int multiprocessors) {
     return plan_fused(p, kShapeOf<Tile>, kPixelsInner, multiprocessors);
@@ -40,12 +41,12 @@ struct Fused {
 
   static const char* can_run(const SeparableProblem& p) {
     if (const char* reason = why_not_fused(p, kTaps, kStride, kPixelsInner)) return reason;
-    const FusedPlan small = plan<Small>(p, 1);  // of all shapes it needs the least memory and the most blocks
-    if (small.shared_bytes > kFusedBytes) return "the window does not fit shared memory";
-    return small.blocks > kLargestGrid ? kGridTooLarge : nullptr;
+    const FusedPlan least = plan<Smallest>(p, 1);
+    if (least.shared_bytes > kFusedBytes) return "the window does not fit shared memory";
+    return least.blocks > kLargestGrid ? kGridTooLarge : nullptr;
   }
 
-  static int64_t threads(const SeparableProblem& p) { return plan<Small>(p, 1).blocks * Small::kThreads; }
+  static int64_t threads(const SeparableProblem& p) { return plan<Smallest>(p, 1).blocks * Smallest::kThreads; }
 
   template <class S, class Tile>
   static void launch_plan(const FusedPlan& plan, const Runtime& runtime) {
@@ -54,18 +55,24 @@ struct Fused {
   }
   template <class S>
   static void launch_as(const SeparableProblem& p, const Runtime& runtime) {
-    const FusedPlan small = plan<Small>(p, runtime.threads), large = plan<Large>(p, runtime.threads);
-    if (large.shared_bytes <= kFusedBytes && large.cost < small.cost) return launch_plan<S, Large>(large, runtime);
-    launch_plan<S, Small>(small, runtime);
+    FusedPlan best = plan<Smallest>(p, runtime.threads);
+    auto* launch_best = launch_plan<S, Smallest>;
+    const auto consider = [&]<class Tile>(const FusedPlan& other, Tile*) {
+      if (other.shared_bytes > kFusedBytes || other.cost >= best.cost) return;
+      best = other;
+      launch_best = launch_plan<S, Tile>;
+    };
+    (consider(plan<Larger>(p, runtime.threads), static_cast<Larger*>(nullptr)), ...);
+    launch_best(best, runtime);
   }
 };
 
 // bfloat16 needs the tensor cores of sm_80.
 inline int least_sm_of(const SeparableProblem& p) { return p.depthwise.dtype == DType::bf16 ? 80 : 75; }
 
-template <int kTaps, int kStride, bool kPixelsInner>
+template <int kTaps, int kStride, bool kPixelsInner, class... Tiles>
 constexpr Kernel<SeparableProblem> kernel_of_fused() {
-  return kernel_of_rows<Fused<kTaps, kStride, kPixelsInner>, SeparableProblem>(least_sm_of);
+  return kernel_of_rows<Fused<kTaps, kStride, kPixelsInner, Tiles...>, SeparableProblem>(least_sm_of);
 }
 
 }  // namespace dsconv::cuda
