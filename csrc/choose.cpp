@@ -30,7 +30,8 @@ extern const Kernel<DepthwiseProblem> nhwc_narrow_k3s1, nhwc_narrow_k3s2, nhwc_n
     nhwc_narrow_k7s1, nhwc_narrow_k7s2, nhwc_narrow_kanys1, nhwc_narrow_kanys2;
 extern const Kernel<DepthwiseProblem> nchw_k3s1, nchw_k3s2, nchw_k5s1, nchw_k5s2, nchw_k7s1, nchw_k7s2, nchw_kanys1,
     nchw_kanys2;
-extern const Kernel<SeparableProblem> fused_nhwc_k3s1, fused_nhwc_k3s2, fused_nhwc_k5s1, fused_nhwc_k5s2, fused_nhwc_k7s1, fused_nhwc_kany, fused_nchw_k3s1, fused_nchw_k3s2, fused_nchw_kany;
+extern const Kernel<SeparableProblem> fused_nhwc_k3s1, fused_nhwc_k3s2, fused_nhwc_k5s1, fused_nhwc_k5s2,
+    fused_nhwc_k7s1, fused_nhwc_kany, fused_nchw_k3s1, fused_nchw_k3s2, fused_nchw_kany;
 }  // namespace cuda
 
 const std::vector<Row>& kernel_table() {
@@ -124,6 +125,10 @@ const char* why_not(const Row& row, const Problem& problem, const Machine& machi
   return row.target > machine.target ? "the processor, or DSCONV_CPU_ISA, does not allow its instruction set" : nullptr;
 }
 
+// A GPU has no pointwise rows to compare with. Blocks hold up to 128 outputs and compute the depthwise values anew for
+// every 128: twice hides behind the memory, by the roofline of an A100, and more does not.
+bool recomputes_too_much(const SeparableProblem& p) { return p.pointwise.out_channels > 2 * 128; }
+
 bool is_preferred(const Row& row, const Preferred& preferred) {
   return std::find(preferred.begin(), preferred.end(), row.name) != preferred.end();
 }
@@ -188,6 +193,9 @@ SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Mac
         separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
     candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
   }
+  if (machine.target == Target::cuda && choice.fused && fuse == Fuse::automatic && recomputes_too_much(p) &&
+      !is_preferred(*choice.fused, preferred))
+    choice.fused = nullptr;
   if (!choice.fused || !separate || fuse == Fuse::always) return choice;
   const bool forced = is_preferred(*choice.depthwise, preferred) || is_preferred(*choice.pointwise, preferred);
   const bool keep =

@@ -1,9 +1,10 @@
-"""The fused CUDA kernels in the harness of ``tests/test_simt.py``: numbers, races, accesses, traffic, bank conflicts."""
+"""The fused CUDA kernels in the harness of ``tests/test_simt.py``: numbers, races, accesses, traffic, banks."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 import zlib
@@ -12,7 +13,7 @@ import pytest
 
 from cases import Deck
 from dsconv_ext import _build
-from test_simt import HALVES, PLAIN, TRACED, VARIANTS, Variant, drive, line
+from test_simt import HALVES, PLAIN, TRACED, VARIANTS, Variant, choices, drive, line
 
 
 def table() -> list[str]:
@@ -122,3 +123,94 @@ def test_every_row(row, variant):
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_on_more_problems(row, variant):
     check_row(variant, row, COUNTS[variant.name][1])
+
+
+def check_choices(count: int, seed: int) -> set[str]:
+    """Every choice among ``count`` problems is legal on every GPU; the rows that were chosen."""
+    found = choices("--choose-random", "separable_fwd", str(count), str(seed))
+    assert len(found) == 7 * count
+    assert not any(row != "-" and gpu == "T4" and "dtype=bfloat16" in problem for gpu, row, _, problem in found)
+    return {row for _, row, *_ in found} - {"-"}
+
+
+def test_choices():
+    assert len(check_choices(400, 1)) >= 6
+
+
+@pytest.mark.slow
+def test_more_choices():
+    """Among thousands of problems every row is the best of some."""
+    assert check_choices(6000, 2) == set(ROWS)
+
+
+def count(row: str, size: tuple[int, int], channels: int, outputs: int, dtype: str) -> dict[str, int]:
+    """What the row moves for a layer that fills any GPU: it is cut as on one multiprocessor."""
+    channels_last, taps, stride = parts_of(row)
+    window = [(n, min(taps, n), stride, 1, min(taps, n) // 2, min(taps, n) // 2) for n in size]
+    problem = separable(channels_last, window, dtype=dtype, data="reals", c=channels, k=outputs, has_residual=0)
+    return answers_of(TRACED, [f"{row} {problem}"], "--gpu", "1")[0]
+
+
+def tiles_and_reads(size: int, tile: int, taps: int) -> tuple[int, int]:
+    """Tiles along a dimension of stride 1 and the positions that they read together."""
+    low = [max(0, first - taps // 2) for first in range(0, size, tile)]
+    high = [min(size, first + tile + taps // 2) for first in range(0, size, tile)]
+    return len(low), sum(b - a for a, b in zip(low, high, strict=True))
+
+
+# Tiles of rows x columns of pixels; the inputs that they read over those of the map.
+TRAFFIC = [
+    ("nhwc_k3s1", (28, 28), (4, 16), 64, 1.55),
+    ("nhwc_k3s1", (56, 56), (16, 8), 128, 1.4),
+    ("nhwc_k3s1", (16, 32), (16, 8), 256, 1.4),
+    ("nhwc_k3s1", (1, 300), (1, 64), 64, 1.1),
+    ("nhwc_k5s1", (16, 16), (8, 8), 64, 1.6),
+    ("nchw_k3s1", (16, 32), (16, 8), 128, 1.4),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("name", "size", "tile", "outputs", "halo"), TRAFFIC)
+def test_traffic(name, size, tile, outputs, halo, dtype):
+    """Inputs of the tile and its halo once per block of outputs, weights once per tile, every output once."""
+    itemsize = 2 if dtype == "float16" else 4
+    channels = 128 // itemsize  # two chunks
+    row = f"separable_fwd_fused_{name}_cuda"
+    counts = count(row, size, channels, outputs, dtype)
+    splits = -(-outputs // (64 if math.prod(tile) == 64 else 128))
+    taps = [min(parts_of(row)[1], n) for n in size]
+    (down, rows), (across, columns) = map(tiles_and_reads, size, tile, taps)
+    assert counts["blocks"] == down * across * splits
+    assert rows * columns <= halo * math.prod(size)
+    inputs = splits * rows * columns * channels * itemsize
+    weights = down * across * channels * (outputs + splits * math.prod(taps)) * itemsize
+    assert 32 * counts["sectors_written"] == counts["bytes_written"] == counts["output_bytes"]
+    # Rows of a contiguous map start and end within sectors.
+    assert inputs + weights <= 32 * counts["sectors_read"] <= (1.0 if "nhwc" in name else 1.35) * inputs + weights
+    assert counts["wavefronts"] <= 1.1 * counts["fewest_wavefronts"], counts
+    assert counts["largest_access"] == 16
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_a_row_cannot_run_it_refuses_in_words(row):
+    channels_last, taps, stride = parts_of(row)
+    dim = (9, taps or 3, stride or 1, 1, 1, 1)
+    fields = {"dtype": "float32", "c": 8, "k": 8}
+    refused = {
+        "float64": separable(channels_last, [dim, dim], **{**fields, "dtype": "float64"}),
+        "three spatial": separable(channels_last, [dim, dim, dim], **fields),
+        "shared memory": separable(channels_last, [(99, dim[1], dim[2], 40, 40, 40), dim], **fields),
+    }
+    if taps:
+        refused |= {
+            "taps": separable(channels_last, [dim, (9, taps + 1, *dim[2:])], **fields),
+            "stride": separable(channels_last, [dim, (9, taps, 3, 1, 1, 1)], **fields),
+            "dilated": separable(channels_last, [dim, (99, taps, dim[2], 2, 1, 1)], **fields),
+        }
+    if channels_last:
+        refused["channels_last"] = separable(False, [dim, dim], **fields)
+    done = drive(PLAIN, lines=[f"{row} {problem}" for problem in refused.values()])
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(refused)
+    for word, answer in zip(refused, answers, strict=True):
+        assert answer.startswith(f"refused {row}: ") and word in answer, answer

@@ -55,8 +55,7 @@ const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool 
   if (w.taps[1] > 1 && w.taps[2] > 1 && weight.stride[3] != w.taps[2] * weight.stride[4])
     return "the taps of a filter are not evenly spaced";
   const auto last = [](const View& v, int64_t channels) { return channels == 1 || v.stride[1] == 1; };
-  if (!pixels_inner &&
-      !(last(p.depthwise.x, p.depthwise.channels) && last(p.pointwise.y, p.pointwise.out_channels)))
+  if (!pixels_inner && !(last(p.depthwise.x, p.depthwise.channels) && last(p.pointwise.y, p.pointwise.out_channels)))
     return "not channels_last";
   return fits(p) ? nullptr : "offsets within an image, or columns, beyond 2^30";
 }

@@ -33,8 +33,8 @@ struct FusedParameters {
   int tile_shift;               // of the tile's columns; kPixels >> tile_shift rows
   int row_tiles, column_tiles;  // of an image
   int splits;                   // of the outputs
-  // The input of a tile: with row_split 2 even rows come before odd ones, so that what lanes read lies an odd number of
-  // rows apart. Odd rows have their columns swapped in pairs: two rows then lie in different banks.
+  // The input of a tile: with row_split 2 even rows come before odd ones, so that lanes whose outputs are neighbours
+  // downwards read neighbouring rows.
   int box_rows, box_columns, box_pitch, row_split, rows_of_phase;
   int stages;  // boxes under way
   ActivationSpec mid, activation;
@@ -44,8 +44,9 @@ struct FusedParameters {
 template <int pixels, int outputs, int warps>
 struct FusedTile {
   static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
-  static constexpr int kResident = 512 / kThreads;                   // 128 registers for each thread
-  static constexpr int kOperandBytes = (pixels + 2 * outputs) * kRowBytes;  // weights twice: this chunk's and the next's
+  static constexpr int kResident = 512 / kThreads;  // 128 registers for each thread
+  static constexpr int kOperandBytes =
+      (pixels + 2 * outputs) * kRowBytes;  // weights twice: this chunk's and the next's
   static constexpr int kSumBytes = warps * 32 * kSumPitch * int{sizeof(float)};
 };
 
@@ -57,8 +58,8 @@ constexpr int kTapPitch = 36;
 template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
 class FusedBlock {
   static constexpr int kVector = kWide<S>, kSlab = kChunk<S>;
-  static constexpr int kQuads = kSlab / 4;                                    // threads across the channels of a chunk
-  static constexpr int kGroup = Tile::kPixels * kQuads / Tile::kThreads;      // pixels of a thread, side by side
+  static constexpr int kQuads = kSlab / 4;                                // threads across the channels of a chunk
+  static constexpr int kGroup = Tile::kPixels * kQuads / Tile::kThreads;  // pixels of a thread, side by side
   using Sums = std::conditional_t<kPixelsInner, Product<S, Tile::kOutputs, Tile::kPixels, Tile::kWarps>,
                                   Product<S, Tile::kPixels, Tile::kOutputs, Tile::kWarps>>;
 
@@ -124,10 +125,15 @@ class FusedBlock {
   __device__ int box_row(int row) const {
     return (row & (p_.row_split - 1)) * p_.rows_of_phase + (row >> (p_.row_split - 1));
   }
-  __device__ int box_at(int row, int column) const {
-    const int r = box_row(row);
-    return (r * p_.box_pitch + (column ^ (r & 1))) * kRowBytes;
+  // Where a byte of a position lies. Two positions fill the banks. Columns are swapped in pairs in every second row and
+  // every second group of columns that a thread starts at, so that two threads side by side or one below the other meet
+  // no bank twice; and units are permuted where neighbouring pixels are written together.
+  __device__ int box_at(int row, int column, int byte) const {
+    const int r = box_row(row), swapped = (r ^ (column >> group_shift())) & 1;
+    return (r * p_.box_pitch + (column ^ swapped)) * kRowBytes + (byte ^ permuted(column >> 1));
   }
+  __device__ static int permuted(int pair) { return kPixelsInner ? (pair & 3) * 16 : 0; }
+  __device__ int group_shift() const { return kGroup / 2 + (column_stride() == 2); }
   __device__ int row_stride() const { return kStride ? kStride : p_.row_stride; }
   __device__ int column_stride() const { return kStride ? kStride : p_.column_stride; }
   __device__ int top() const { return row_ * row_stride() - p_.rows.pad; }
@@ -166,7 +172,7 @@ class FusedBlock {
     const auto visit = [&](int row, int column, int u) {
       const int channel = first + u * kVector;
       if (channel >= p_.channels) return;
-      uint4* const unit = reinterpret_cast<uint4*>(to + box_at(row + rows.low, column + columns.low)) + u;
+      auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + rows.low, column + columns.low, 16 * u));
       const S* const from = x + row * p_.x.row + column * p_.x.column;
       if (p_.x.wide) {
         copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
@@ -248,12 +254,12 @@ class FusedBlock {
         add_taps<false>(chunk, quad, row, column, inside, sum);
       }
     }
-    activate_values(reinterpret_cast<float(&)[4 * kGroup]>(sum), p_.mid);
+    activate_values(reinterpret_cast<float (&)[4 * kGroup]>(sum), p_.mid);
     const Operand to = map();
     const int left = left_of(chunk) - 4 * quad;
 #pragma unroll
     for (int l = 0; l < kGroup; ++l) {
-      float(&value)[4] = sum[l];
+      float (&value)[4] = sum[l];
 #pragma unroll
       for (int v = 0; v < 4; ++v) value[v] = v < left ? value[v] : 0.0f;
       const int pixel = (row << p_.tile_shift) + column + l;
@@ -289,17 +295,21 @@ class FusedBlock {
     constexpr int kReads = (kGroup - 1) * kStride + kTaps;
     const float* tap = taps() + 4 * quad;
     start(tap + p_.rows.taps * kTaps * kTapPitch, sum);
-    const unsigned char* const from = box(chunk) + quad * 4 * sizeof(S);
-    const int first = top() + row * kStride;
+    const unsigned char* const from = box(chunk);
+    const int first = top() + row * kStride, byte = quad * 4 * int{sizeof(S)}, pair = column * kStride / 2;
 #pragma unroll 1
     for (int u = 0; u < p_.rows.taps; ++u, tap += kTaps * kTapPitch) {
       const int down = u * p_.rows.dilation;
       if (static_cast<unsigned>(first + down) >= static_cast<unsigned>(p_.rows.in)) continue;
-      const int r = box_row(row * kStride + down), odd = r & 1;
+      // box_at() of columns from an even one on.
+      const int r = box_row(row * kStride + down), odd = (r ^ (column / kGroup)) & 1;
       const unsigned char* const line = from + (r * p_.box_pitch + column * kStride) * kRowBytes;
       float in[kReads][4];
 #pragma unroll
-      for (int c = 0; c < kReads; ++c) load_four(line + (c + (c % 2 ? -odd : odd)) * kRowBytes, in[c]);
+      for (int c = 0; c < kReads; ++c) {
+        const int swapped = c / (kGroup * kStride) % 2 ? 1 - odd : odd;
+        load_four(line + (c + (c % 2 ? -swapped : swapped)) * kRowBytes + (byte ^ permuted(pair + c / 2)), in[c]);
+      }
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         const float4 weight = *reinterpret_cast<const float4*>(tap + t * kTapPitch);
@@ -314,7 +324,8 @@ class FusedBlock {
   __device__ void add_any_taps(int chunk, int quad, int row, int column, float (&sum)[kGroup][4]) {
     const float* tap = taps() + 4 * quad;
     start(tap + p_.rows.taps * p_.columns.taps * kTapPitch, sum);
-    const unsigned char* const from = box(chunk) + quad * 4 * sizeof(S);
+    const unsigned char* const from = box(chunk);
+    const int byte = quad * 4 * int{sizeof(S)};
 #pragma unroll 1
     for (int u = 0; u < p_.rows.taps; ++u) {
       const int down = row * row_stride() + u * p_.rows.dilation, y = top() + down;
@@ -330,7 +341,7 @@ class FusedBlock {
           const int across = (column + l) * column_stride() + t * p_.columns.dilation;
           if (static_cast<unsigned>(left() + across) >= static_cast<unsigned>(p_.columns.in)) continue;
           float in[4];
-          load_four(from + box_at(down, across), in);
+          load_four(from + box_at(down, across, byte), in);
           add(weight, in, sum[l]);
         }
       }

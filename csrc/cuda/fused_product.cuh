@@ -98,7 +98,7 @@ class Product {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float(&quad)[4] = sum_[i][4 * part + j];
+        const float (&quad)[4] = sum_[i][4 * part + j];
         float* const at = to + (16 * i + lane / 4) * kSumPitch + 8 * j + lane % 4 * 2;
         *reinterpret_cast<float2*>(at) = make_float2(quad[0], quad[1]);
         *reinterpret_cast<float2*>(at + 8 * kSumPitch) = make_float2(quad[2], quad[3]);

@@ -48,9 +48,26 @@ SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& 
   if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
   std::vector<Candidate> candidates;
   const SeparableChoice choice = choose_separable(p, fuse, machine_of(x), preferred_rows(), &candidates);
+  // The composition says itself that it runs.
+  if (!choice.fused && !x.is_cpu()) return choice;
   record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name,
          candidates);
   return choice;
+}
+
+// The unfused composition that Python registers, for what no fused kernel of a GPU runs. It says so itself.
+Tensor separable_torch(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                       const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                       const OptionalTensor& residual, const IntList& stride, const IntList& padding,
+                       const IntList& dilation, const std::string& mid_activation, double mid_param,
+                       const std::string& activation, double activation_param, const std::string& fuse) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 15> stack{
+      from(x),         from(depthwise_weight), from(pointwise_weight), from(depthwise_bias), from(pointwise_bias),
+      from(residual),  from(stride),           from(padding),          from(dilation),       from(mid_activation),
+      from(mid_param), from(activation),       from(activation_param), from(fuse),           from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::separable_torch", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The pointwise product alone, into a new tensor.
@@ -76,7 +93,12 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
   Tensor y = empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
   if (p.pointwise.batch == 0) return y;
   p.pointwise.y = view_of(y);
-  const SeparableChoice choice = choose_rows(p, how, x);
+  // A GPU has no pointwise rows: unfused, PyTorch's matrix product is the second stage.
+  const bool fusible = x.is_cpu() || how != Fuse::never;
+  const SeparableChoice choice = fusible ? choose_rows(p, how, x) : SeparableChoice{};
+  if (!choice.fused && !x.is_cpu())
+    return separable_torch(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride,
+                           padding, dilation, mid_activation, mid_param, activation, activation_param, fuse);
   if (choice.fused) {
     use_packed(packed, p, *choice.fused);
     launch(*choice.fused, p, x);
