@@ -25,7 +25,7 @@ def test_every_kernel_is_in_the_table_for_every_architecture():
     per_architecture = {a: {(k.source, k.kernel) for k in table if k.architecture == a} for a in ptxas.ARCHITECTURES}
     assert len({frozenset(kernels) for kernels in per_architecture.values()}) == 1
     sources = {source for source, _ in per_architecture["80"]}
-    assert sources == {p.stem for p in ptxas.kernels()} - {"depthwise_rows"}  # host code alone
+    assert sources == {p.stem for p in ptxas.kernels()} - {"depthwise_rows", "fused"}  # host code alone
 
 
 def test_nothing_spills():
@@ -34,10 +34,10 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """Blocks of 256 threads: one always, two of the kernels that go through shared memory."""
+    """512 threads of the kernels that go through shared memory, 256 of the others."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
-    assert all(k.registers <= 128 for k in table if "nchw" in k.kernel)
+    assert all(k.registers <= 128 for k in table if "nchw" in k.kernel or "fused" in k.kernel)
 
 
 def nvdisasm() -> str:
@@ -67,18 +67,34 @@ def multiply_adds(loop: list[str]) -> int:
     return sum("FFMA" in instruction for instruction in loop)
 
 
+def disassembled(source: str, architecture: str, folder: Path) -> list[str]:
+    """The SASS of each kernel of a source, which begins with the kernel's mangled name."""
+    cuda, disassembler = _build.find_cuda(), nvdisasm()
+    if cuda is None:
+        pytest.skip("nvcc was not found")
+    ptxas.compile_one(cuda, _build.CSRC / "cuda" / f"{source}.cu", architecture, folder / "kernel.cubin")
+    done = subprocess.run([disassembler, "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    return re.split(r"^\.text\.", done.stdout, flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [p.stem for p in ptxas.kernels() if p.stem.startswith("fused_")])
+def test_fused_kernels_use_tensor_cores(source, tmp_path):
+    """On sm_80: products of half types on tensor cores, operands by ldmatrix, inputs by asynchronous copies."""
+    kernels = [kernel for kernel in disassembled(source, "80", tmp_path) if "fused_forward" in kernel.partition(":")[0]]
+    assert len(kernels) >= 6
+    for kernel in kernels:
+        is_float = "fused_forwardIf" in kernel.partition(":")[0]
+        assert "LDGSTS" in kernel
+        assert ("HMMA.16816" in kernel) == ("LDSM" in kernel) == (not is_float)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "share"), [("nhwc_k3", 0.45), ("nhwc_k5", 0.60), ("nhwc_k7", 0.60)])
 def test_hot_loops_multiply(source, share, tmp_path):
     """On sm_80, in float32: the share of multiply-adds, and inputs and weights in vectors of 16 bytes."""
-    cuda, disassembler = _build.find_cuda(), nvdisasm()
-    if cuda is None:
-        pytest.skip("nvcc was not found")
-    ptxas.compile_one(cuda, _build.CSRC / "cuda" / f"{source}.cu", "80", tmp_path / "kernel.cubin")
-    done = subprocess.run([disassembler, "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
-    kernels = re.split(r"^\.text\.", done.stdout, flags=re.MULTILINE)[1:]
     checked = 0
-    for kernel in kernels:
+    for kernel in disassembled(source, "80", tmp_path):
         if not re.match(r"\S*depthwise_nhwcIfLi4E", kernel):
             continue
         loop = hot_loop(kernel)

@@ -76,29 +76,28 @@ class FusedBlock {
 
   __device__ void compute() {
     sums_.start();
-    load_weight(0);
-    commit_copies();
-    for (int chunk = 0; chunk < p_.stages; ++chunk) {
-      load_box(chunk);
-      commit_copies();
-    }
-    load_taps(0);
+    // The first rounds only load: boxes `stages` chunks ahead, weights and taps one.
 #pragma unroll 1
-    for (int chunk = 0; chunk * kSlab < p_.channels; ++chunk) {
-      // The copies of this chunk are done, those of the next box may go on.
-      if (p_.stages == 2) {
-        wait_for_copies_but<1>();
-      } else {
-        wait_for_copies_but<0>();
+    for (int chunk = -p_.stages; chunk * kSlab < p_.channels; ++chunk) {
+      if (chunk >= 0) {
+        // The copies of this chunk are done, those of the next box may go on.
+        if (p_.stages == 2) {
+          wait_for_copies_but<1>();
+        } else {
+          wait_for_copies_but<0>();
+        }
+        __syncthreads();
       }
-      __syncthreads();
       load_weight(chunk + 1);
       commit_copies();
-      depthwise(chunk);
-      __syncthreads();
+      if (chunk >= 0) {
+        depthwise(chunk);
+        __syncthreads();
+      }
       load_box(chunk + p_.stages);
       commit_copies();
       load_taps(chunk + 1);
+      if (chunk < 0) continue;
       const Operand pixels = map(), outputs = weight(chunk);
       sums_.add(kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, steps(chunk));
     }
@@ -139,6 +138,7 @@ class FusedBlock {
   __device__ int top() const { return row_ * row_stride() - p_.rows.pad; }
   __device__ int left() const { return column_ * column_stride() - p_.columns.pad; }
 
+  __device__ bool exists(int chunk) const { return chunk >= 0 && chunk * kSlab < p_.channels; }
   // Channels of a chunk that exist, and how many halves of it the product needs.
   __device__ int left_of(int chunk) const { return p_.channels - chunk * kSlab; }
   __device__ int steps(int chunk) const { return left_of(chunk) > kSlab / 2 ? 2 : 1; }
@@ -163,7 +163,7 @@ class FusedBlock {
   // what becomes of the latter is replaced.
   __device__ void load_box(int chunk) {
     const int first = chunk * kSlab;
-    if (first >= p_.channels) return;
+    if (!exists(chunk)) return;
     const Clipped rows(top(), p_.box_rows, p_.rows.in), columns(left(), p_.box_columns, p_.columns.in);
     if (rows.count == 0 || columns.count == 0) return;
     unsigned char* const to = box(chunk);
@@ -177,7 +177,13 @@ class FusedBlock {
       if (p_.x.wide) {
         copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
       } else {
-        gather(unit, p_.channels - channel, [&](int i) { return from + (channel + i) / p_.multiplier * p_.x.channel; });
+        int source = channel / p_.multiplier, of_source = channel % p_.multiplier;
+        gather(unit, p_.channels - channel, [&](int) {
+          const S* const at = from + source * p_.x.channel;
+          of_source = of_source + 1 == p_.multiplier ? 0 : of_source + 1;
+          source += of_source == 0;
+          return at;
+        });
       }
     };
     if constexpr (kPixelsInner) {
@@ -190,7 +196,7 @@ class FusedBlock {
   // Zeros for the channels that do not exist. What outputs that do not exist would be is never stored.
   __device__ void load_weight(int chunk) {
     const int first = chunk * kSlab;
-    if (first >= p_.channels) return;
+    if (!exists(chunk)) return;
     const int outputs = min(p_.outputs - output_, Tile::kOutputs), units = kUnits / 2 * steps(chunk);
     const Operand to = weight(chunk);
     const S* const from = static_cast<const S*>(p_.weight) + output_ * p_.weight_output;
@@ -209,7 +215,7 @@ class FusedBlock {
 
   __device__ void load_taps(int chunk) {
     const int first = chunk * kSlab, count = min(left_of(chunk), kSlab), rows = p_.rows.taps * p_.columns.taps;
-    if (count <= 0) return;
+    if (!exists(chunk)) return;
     float* const to = taps();
     stage_taps(to, kTapPitch, static_cast<const S*>(p_.depthwise_weight) + first * p_.depthwise_channel,
                p_.depthwise_channel, p_.depthwise_tap, rows, count, [](int c) { return c; });
