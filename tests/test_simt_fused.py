@@ -160,18 +160,24 @@ def tiles_and_reads(size: int, tile: int, taps: int) -> tuple[int, int]:
 
 # Tiles of rows x columns of pixels; the inputs that they read over those of the map.
 TRAFFIC = [
-    ("nhwc_k3s1", (28, 28), (4, 16), 64, 1.55),
-    ("nhwc_k3s1", (56, 56), (16, 8), 128, 1.4),
-    ("nhwc_k3s1", (16, 32), (16, 8), 256, 1.4),
-    ("nhwc_k3s1", (1, 300), (1, 64), 64, 1.1),
-    ("nhwc_k5s1", (16, 16), (8, 8), 64, 1.6),
-    ("nchw_k3s1", (16, 32), (16, 8), 128, 1.4),
+    *(
+        (dtype, *case)
+        for dtype in ("float16", "float32")
+        for case in (
+            ("nhwc_k3s1", (28, 28), (4, 16), 64, 1.55),
+            ("nhwc_k3s1", (56, 56), (16, 8), 128, 1.4),
+            ("nhwc_k3s1", (16, 32), (16, 8), 256, 1.4),
+            ("nhwc_k3s1", (1, 300), (1, 64), 64, 1.1),
+            ("nhwc_k5s1", (16, 16), (8, 8), 64, 1.6),
+        )
+    ),
+    ("float16", "nchw_k3s1", (16, 32), (4, 32), 128, 1.4),
+    ("float32", "nchw_k3s1", (16, 32), (8, 16), 128, 1.4),
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("name", "size", "tile", "outputs", "halo"), TRAFFIC)
-def test_traffic(name, size, tile, outputs, halo, dtype):
+@pytest.mark.parametrize(("dtype", "name", "size", "tile", "outputs", "halo"), TRAFFIC)
+def test_traffic(dtype, name, size, tile, outputs, halo):
     """Inputs of the tile and its halo once per block of outputs, weights once per tile, every output once."""
     itemsize = 2 if dtype == "float16" else 4
     channels = 128 // itemsize  # two chunks
@@ -186,7 +192,7 @@ def test_traffic(name, size, tile, outputs, halo, dtype):
     weights = down * across * channels * (outputs + splits * math.prod(taps)) * itemsize
     assert 32 * counts["sectors_written"] == counts["bytes_written"] == counts["output_bytes"]
     # Rows of a contiguous map start and end within sectors.
-    assert inputs + weights <= 32 * counts["sectors_read"] <= (1.0 if "nhwc" in name else 1.35) * inputs + weights
+    assert inputs + weights <= 32 * counts["sectors_read"] <= (1.0 if "nhwc" in name else 1.5) * inputs + weights
     assert counts["wavefronts"] <= 1.1 * counts["fewest_wavefronts"], counts
     assert counts["largest_access"] == 16
 
@@ -199,7 +205,7 @@ def test_what_a_row_cannot_run_it_refuses_in_words(row):
     refused = {
         "float64": separable(channels_last, [dim, dim], **{**fields, "dtype": "float64"}),
         "three spatial": separable(channels_last, [dim, dim, dim], **fields),
-        "shared memory": separable(channels_last, [(99, dim[1], dim[2], 40, 40, 40), dim], **fields),
+        "shared memory": separable(channels_last, [(400, dim[1], dim[2], 40, 40, 40), dim], **fields),
     }
     if taps:
         refused |= {

@@ -93,21 +93,25 @@ FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pi
   q.mid = d.activation;
   q.activation = pw.activation;
 
-  // Of the tiles whose box fits, the one with the least to read and to compute.
-  const int64_t taps = (product(w.taps) + 1) * kTapPitch * int64_t{sizeof(float)};
+  // Of the tiles whose box fits, the one with the least to read and to compute. Where columns lie side by side they come
+  // in sectors of 32 bytes, and a row of outputs fills one.
+  const int64_t taps = (product(w.taps) + 1) * kTapPitch * int64_t{sizeof(float)}, size = element_size(d.dtype);
   const auto bytes = [&] { return shape.operand_bytes + q.box_rows * int64_t{q.box_pitch} * kRowBytes + taps; };
+  const auto columns_read = [&] {
+    return pixels_inner ? round_up(q.box_columns * size + 16, 32) / size : int64_t{q.box_columns};
+  };
+  const int narrowest = pixels_inner && size == 2 ? 4 : 3;
   int64_t least = INT64_MAX;
   FusedParameters best = q;
-  for (int shift = 3; 1 << shift <= shape.pixels; ++shift) {
+  for (int shift = narrowest; 1 << shift <= shape.pixels; ++shift) {
     const int64_t columns = 1 << shift, rows = shape.pixels >> shift;
     set_box(q, w, rows, columns);
     q.tile_shift = shift;
     q.row_tiles = narrow(ceil_div(w.out[1], rows));
     q.column_tiles = narrow(ceil_div(w.out[2], columns));
-    const int64_t work =
-        int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * int64_t{q.box_columns} + 2 * shape.pixels);
+    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * columns_read() + 2 * shape.pixels);
     const bool wanted = bytes() <= kFusedBytes && work < least;
-    if (shift > 3 && !wanted) continue;
+    if (shift > narrowest && !wanted) continue;
     if (wanted) least = work;
     best = q;
   }
