@@ -45,8 +45,8 @@ template <int pixels, int outputs, int warps>
 struct FusedTile {
   static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
   static constexpr int kResident = 512 / kThreads;  // 128 registers for each thread
-  static constexpr int kOperandBytes =
-      (pixels + 2 * outputs) * kRowBytes;  // weights twice: this chunk's and the next's
+  // Depthwise values of a chunk, weights of this one and the next.
+  static constexpr int kOperandBytes = (pixels + 2 * outputs) * kRowBytes;
   static constexpr int kSumBytes = warps * 32 * kSumPitch * int{sizeof(float)};
 };
 
@@ -140,8 +140,8 @@ class FusedBlock {
 
   __device__ bool exists(int chunk) const { return chunk >= 0 && chunk * kSlab < p_.channels; }
   // Channels of a chunk that exist, and how many halves of it the product needs.
-  __device__ int left_of(int chunk) const { return p_.channels - chunk * kSlab; }
-  __device__ int steps(int chunk) const { return left_of(chunk) > kSlab / 2 ? 2 : 1; }
+  __device__ int remaining(int chunk) const { return p_.channels - chunk * kSlab; }
+  __device__ int steps(int chunk) const { return remaining(chunk) > kSlab / 2 ? 2 : 1; }
 
   // A unit of values that are not 16 aligned bytes; zeros beyond `count`.
   template <class At>
@@ -214,7 +214,7 @@ class FusedBlock {
   }
 
   __device__ void load_taps(int chunk) {
-    const int first = chunk * kSlab, count = min(left_of(chunk), kSlab), rows = p_.rows.taps * p_.columns.taps;
+    const int first = chunk * kSlab, count = min(remaining(chunk), kSlab), rows = p_.rows.taps * p_.columns.taps;
     if (!exists(chunk)) return;
     float* const to = taps();
     stage_taps(to, kTapPitch, static_cast<const S*>(p_.depthwise_weight) + first * p_.depthwise_channel,
@@ -262,12 +262,12 @@ class FusedBlock {
     }
     activate_values(reinterpret_cast<float (&)[4 * kGroup]>(sum), p_.mid);
     const Operand to = map();
-    const int left = left_of(chunk) - 4 * quad;
+    const int count = remaining(chunk) - 4 * quad;
 #pragma unroll
     for (int l = 0; l < kGroup; ++l) {
       float (&value)[4] = sum[l];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) value[v] = v < left ? value[v] : 0.0f;
+      for (int v = 0; v < 4; ++v) value[v] = v < count ? value[v] : 0.0f;
       const int pixel = (row << p_.tile_shift) + column + l;
       uint4* const unit = to.unit(pixel, quad * 4 / kVector);
       if constexpr (sizeof(S) == 4) {
