@@ -23,6 +23,10 @@ rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
+rule ptx
+  command = $nvcc $flags -MD -MF $out.d -ptx $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule link
   command = $cxx $in $flags -o $out
 """
@@ -47,6 +51,19 @@ def build(folder: Path, lines: list[str]) -> None:
             [shutil.which("ninja", path=path) or "ninja", "-j", jobs], cwd=folder, capture_output=True, text=True
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+def ptx_of(source: Path, architecture: str, folder: Path = ROOT / "build", *includes: Path) -> str:
+    """The PTX that nvcc makes of ``source``; headers of ``includes`` come before those of csrc."""
+    cuda = _build.find_cuda()
+    if cuda is None:
+        pytest.skip("nvcc was not found")
+    name = f"{source.stem}.ptx"
+    flags = [*_build.NVCC_FLAGS, f"-arch=sm_{architecture}"]
+    flags += [f"-I{path}" for path in (*includes, *_build.INCLUDE_DIRS, ROOT / "tests")]
+    folder = folder / f"ptx-{architecture}-{source.stem}"
+    build(folder, [f"nvcc = {cuda.home}/bin/nvcc", f"build {name}: ptx {source}", f"  flags = {' '.join(flags)}"])
+    return (folder / name).read_text()
 
 
 def load(name: str) -> ModuleType:

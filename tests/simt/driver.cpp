@@ -2,7 +2,9 @@
 // as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
 //
 //   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
-//   driver --plant BUG         a kernel of plants.cu
+//   driver --record FILE       the same, and each launch to the file as simt.h says
+//   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
+//   driver --primitive NAME    a kernel of primitives.cu: words in from the standard input, words out (hexadecimal)
 //   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
 //   driver --choose-random PASS N SEED
 
@@ -10,7 +12,9 @@
 #include <iostream>
 
 #include "core/oracle.h"
+#include "cuda/launch.cuh"
 #include "simt/plants.h"
+#include "simt/primitives.h"
 #include "simt/simt.h"
 #include "simt/trace.h"
 
@@ -160,6 +164,65 @@ bool answer(const std::string& line) {
   return wrong.empty();
 }
 
+bool run_plant(const std::string& name) {
+  const Plant* plant = nullptr;
+  int bug = 0;
+  for (const Plant* one : {&kStreamPlant, &kMatrixPlant}) {
+    const auto found = std::find(one->bugs.begin(), one->bugs.end(), name);
+    if (found == one->bugs.end()) continue;
+    plant = one;
+    bug = static_cast<int>(found - one->bugs.begin());
+  }
+  if (!plant) throw std::invalid_argument("no planted bug is called " + name);
+  bool good = true;
+  const auto notice = [&](const std::string& what) {
+    std::printf("noticed: %s\n", what.c_str());
+    good = false;
+  };
+  for (simt::Order order : kOrders) {
+    simt::order = order;
+    std::vector<Buffer> buffers;
+    std::vector<void*> pointers;
+    std::vector<simt::trace::Range> ranges;
+    for (int64_t bytes : plant->bytes) {
+      const Buffer& buffer = buffers.emplace_back(bytes, 0);
+      pointers.push_back(buffer.data());
+      ranges.push_back({buffer.data(), bytes});
+    }
+    simt::trace::set_buffers(ranges);
+    try {
+      plant->launch(bug, pointers.data());
+    } catch (const simt::Violation& violation) {
+      notice(violation.what());
+    }
+    const simt::trace::Report report = simt::trace::take_report();
+    for (const std::string& violation : report.violations) notice(violation);
+    if (const int wrong = plant->wrong(pointers.data())) notice(std::to_string(wrong) + " values are wrong");
+    const auto& c = report.counts;
+    if (order == simt::Order::forward)
+      std::printf("sectors %lld for %lld bytes, wavefronts %lld of %lld\n", static_cast<long long>(c.sectors_requested),
+                  static_cast<long long>(c.bytes_read + c.bytes_written), static_cast<long long>(c.wavefronts),
+                  static_cast<long long>(c.fewest_wavefronts));
+  }
+  return good;
+}
+
+bool run_primitive(const std::string& name) {
+  const Primitive* const primitive = find_primitive(name);
+  if (!primitive) throw std::invalid_argument("no primitive is called " + name);
+  std::vector<uint32_t> words;
+  for (uint32_t word; std::cin >> std::hex >> word;) words.push_back(word);
+  const Buffer in(words.size() * sizeof words[0], 0), out(primitive->words_out * kLanes * sizeof words[0], 0);
+  std::memcpy(in.data(), words.data(), in.bytes());
+  simt::trace::set_buffers({{in.data(), in.bytes()}, {out.data(), out.bytes()}});
+  const Words parameters{reinterpret_cast<const uint32_t*>(in.data()), reinterpret_cast<uint32_t*>(out.data())};
+  cuda::launch(primitive->name, primitive->kernel, 1, kLanes, kSharedWords * sizeof words[0], runtime, parameters);
+  const simt::trace::Report report = simt::trace::take_report();
+  for (const std::string& violation : report.violations) std::printf("FAILED: %s\n", violation.c_str());
+  for (int i = 0; i < primitive->words_out * kLanes; ++i) std::printf("%x ", parameters.out[i]);
+  return report.violations.empty();
+}
+
 struct Gpu {
   const char* name;
   Machine machine;
@@ -257,9 +320,11 @@ int main(int count, char** words) {
   const std::string option = count > 1 ? words[1] : "";
   bool good = true;
   try {
-    if (option == "--plant") return run_plant(words[2]);
+    if (option == "--plant") return run_plant(words[2]) ? 0 : 1;
+    if (option == "--primitive") return run_primitive(words[2]) ? 0 : 1;
     if (option == "--choose-random")
       return choose_randomly(words[2], std::stoll(words[3]), std::stoull(words[4])) ? 0 : 1;
+    if (option == "--record") simt::record = std::fopen(words[2], "w");
     if (option == "--gpu") runtime.threads = std::stoi(words[2]);
     for (std::string line; std::getline(std::cin, line);)
       good &= option == "--choose" ? choose_on_all(parse(line)) : answer(line);

@@ -1,11 +1,7 @@
 #include "simt/plants.h"
 
-#include <cstdio>
-#include <memory>
-
 #include "cuda/copy_async.cuh"
 #include "cuda/launch.cuh"
-#include "simt/trace.h"
 
 namespace dsconv::simt_test {
 namespace {
@@ -84,62 +80,30 @@ __global__ void reverse_and_sum(const Parameters p) {
   }
 }
 
+void launch(int bug, void* const* buffers) {
+  auto *const x = static_cast<float*>(buffers[0]), *const y = static_cast<float*>(buffers[1]),
+              *const sum = static_cast<float*>(buffers[2]);
+  for (int i = 0; i < kTotal; ++i) x[i] = static_cast<float>(i % 23);
+  *sum = 0;
+  cuda::launch("reverse_and_sum", reverse_and_sum, kBlocks, kThreads, kThreads * sizeof(float), Runtime{},
+               Parameters{static_cast<Bug>(bug), x, y, sum});
+}
+
+int wrong(void* const* buffers) {
+  const auto *const x = static_cast<const float*>(buffers[0]), *const y = static_cast<const float*>(buffers[1]);
+  int count = 0;
+  float total = 0;
+  for (int i = 0; i < kTotal; ++i) {
+    count += !(y[i] == x[i / kThreads * kThreads + kThreads - 1 - i % kThreads]);
+    total += x[i];
+  }
+  return count + !(*static_cast<const float*>(buffers[2]) == total);
+}
+
+constexpr int64_t kBytes[] = {kTotal * sizeof(float), kTotal * sizeof(float), sizeof(float)};
+
 }  // namespace
 
-int run_plant(const std::string& name) {
-  Parameters p{};
-  bool known = false;
-  for (size_t i = 0; i < std::size(kBugs); ++i) {
-    if (name != kBugs[i]) continue;
-    known = true;
-    p.bug = static_cast<Bug>(i);
-  }
-  if (!known) throw std::invalid_argument("no planted bug is called " + name);
-  int noticed = 0;
-  const auto notice = [&](const std::string& what) {
-    std::printf("noticed: %s\n", what.c_str());
-    ++noticed;
-  };
-  const auto aligned = [] {
-    return std::unique_ptr<float, void (*)(void*)>(static_cast<float*>(std::aligned_alloc(128, kTotal * sizeof(float))),
-                                                   std::free);
-  };
-  const auto x = aligned(), y = aligned();
-  for (int i = 0; i < kTotal; ++i) x.get()[i] = static_cast<float>(i % 23);
-  for (simt::Order order : {simt::Order::forward, simt::Order::reverse, simt::Order::shuffled}) {
-    std::fill(y.get(), y.get() + kTotal, NAN);
-    float* const sum = new float(0);
-    p.x = x.get();
-    p.y = y.get();
-    p.sum = sum;
-    simt::order = order;
-    const auto range = [](const void* begin, int64_t count) {
-      return simt::trace::Range{static_cast<const unsigned char*>(begin), count * int64_t{sizeof(float)}};
-    };
-    simt::trace::set_buffers({range(x.get(), kTotal), range(y.get(), kTotal), range(sum, 1)});
-    try {
-      cuda::launch("reverse_and_sum", reverse_and_sum, kBlocks, kThreads, kThreads * sizeof(float), Runtime{}, p);
-    } catch (const simt::Violation& violation) {
-      notice(violation.what());
-    }
-    const simt::trace::Report report = simt::trace::take_report();
-    for (const std::string& violation : report.violations) notice(violation);
-    int wrong = 0;
-    float total = 0;
-    for (int i = 0; i < kTotal; ++i) {
-      wrong += !(p.y[i] == p.x[i / kThreads * kThreads + kThreads - 1 - i % kThreads]);
-      total += p.x[i];
-    }
-    if (wrong > 0) notice(std::to_string(wrong) + " values are wrong");
-    if (!(*sum == total)) notice("the sum is wrong");
-    const auto& c = report.counts;
-    if (order == simt::Order::forward)
-      std::printf("sectors %lld for %lld bytes, wavefronts %lld of %lld\n", static_cast<long long>(c.sectors_requested),
-                  static_cast<long long>(c.bytes_read + c.bytes_written), static_cast<long long>(c.wavefronts),
-                  static_cast<long long>(c.fewest_wavefronts));
-    delete sum;
-  }
-  return noticed > 0 ? 1 : 0;
-}
+extern const Plant kStreamPlant = {kBugs, kBytes, launch, wrong};
 
 }  // namespace dsconv::simt_test

@@ -34,6 +34,8 @@ simt_switch:
   ret
 )");
 
+extern "C" char __executable_start;
+
 namespace simt {
 
 uint3 threadIdx, blockIdx;
@@ -41,6 +43,7 @@ dim3 blockDim, gridDim;
 Order order = Order::forward;
 bool dry = false;
 Extent largest{};
+std::FILE* record = nullptr;
 
 namespace {
 
@@ -76,7 +79,6 @@ struct Machine {
   void* scheduler;
   int current, threads;
   int64_t shared_bytes;
-  const char* kernel;
   const std::function<void()>* thread;
   std::string failure;
 
@@ -220,13 +222,32 @@ void run_block(std::mt19937& random) {
   }
 }
 
+void record_bytes(const void* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; ++i) std::fprintf(record, "%02x", static_cast<const unsigned char*>(begin)[i]);
+  std::fputc('\n', record);
+}
+
+void record_buffers(const char* when) {
+  for (const trace::Range& buffer : trace::buffers()) {
+    std::fprintf(record, "%s %zu ", when, reinterpret_cast<size_t>(buffer.begin));
+    record_bytes(buffer.begin, buffer.bytes);
+  }
+}
+
+// The function as its distance from the start of the program, as nm prints it.
+void record_launch(const Kernel& kernel, const Grid& grid) {
+  std::fprintf(record, "launch %td %lld %d %lld ", static_cast<const char*>(kernel.function) - &__executable_start,
+               static_cast<long long>(grid.blocks), grid.threads, static_cast<long long>(grid.shared_bytes));
+  record_bytes(kernel.parameters, static_cast<int64_t>(kernel.parameter_bytes));
+}
+
 }  // namespace
 
-void run(const char* kernel, const Grid& grid, const std::function<void()>& thread) {
+void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& thread) {
   Machine& m = machine();
   if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 || grid.threads > kMaxThreads ||
       grid.shared_bytes < 0 || grid.shared_bytes > kMaxSharedBytes)
-    throw Violation(std::string(kernel) + ": a launch of " + std::to_string(grid.blocks) + " blocks, " +
+    throw Violation(std::string(kernel.name) + ": a launch of " + std::to_string(grid.blocks) + " blocks, " +
                     std::to_string(grid.threads) + " threads, " + std::to_string(grid.shared_bytes) +
                     " bytes of shared memory");
   largest.blocks = std::max(largest.blocks, grid.blocks);
@@ -234,7 +255,6 @@ void run(const char* kernel, const Grid& grid, const std::function<void()>& thre
   if (dry) return;
   m.threads = grid.threads;
   m.shared_bytes = grid.shared_bytes;
-  m.kernel = kernel;
   m.thread = &thread;
   m.failure.clear();
   gridDim = {static_cast<unsigned>(grid.blocks), 1, 1};
@@ -242,7 +262,12 @@ void run(const char* kernel, const Grid& grid, const std::function<void()>& thre
   SIMT_UNPOISON(m.shared, kSharedTotal);
   SIMT_POISON(m.shared, kBand);
   SIMT_POISON(m.shared + kBand + grid.shared_bytes, kSharedTotal - kBand - grid.shared_bytes);
-  trace::begin(kernel, m.shared + kBand, grid.shared_bytes, m.stacks, kStackBytes * kMaxThreads);
+  const bool recorded = record != nullptr && order == Order::forward;
+  if (recorded) {
+    record_launch(kernel, grid);
+    record_buffers("before");
+  }
+  trace::begin(kernel.name, m.shared + kBand, grid.shared_bytes, m.stacks, kStackBytes * kMaxThreads);
   std::mt19937 random(1);
   std::vector<int64_t> blocks(grid.blocks);
   for (int64_t i = 0; i < grid.blocks; ++i) blocks[i] = i;
@@ -256,8 +281,9 @@ void run(const char* kernel, const Grid& grid, const std::function<void()>& thre
     if (!m.failure.empty()) break;
   }
   trace::end();
+  if (recorded) record_buffers("after");
   if (!m.failure.empty())
-    throw Violation(std::string(kernel) + ", block " + std::to_string(blockIdx.x) + ": " + m.failure);
+    throw Violation(std::string(kernel.name) + ", block " + std::to_string(blockIdx.x) + ": " + m.failure);
 }
 
 void* shared_memory() { return machine().shared + kBand; }

@@ -5,6 +5,7 @@
 #include <vector_types.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <source_location>
@@ -34,8 +35,18 @@ struct Violation : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What a launch runs.
+struct Kernel {
+  const char* name;
+  const void *function, *parameters;
+  size_t parameter_bytes;
+};
+
 // Runs thread() once for every thread of the grid; throws Violation.
-void run(const char* kernel, const Grid& grid, const std::function<void()>& thread);
+void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& thread);
+
+// Unless null: launches in forward order are written there for tests/ptx.py, with all buffers before and after.
+extern std::FILE* record;
 
 // Largest grid and shared memory of the runs so far.
 struct Extent {

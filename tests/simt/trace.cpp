@@ -153,6 +153,8 @@ void set_buffers(std::vector<Range> buffers) {
   for (const Range& buffer : t.buffers) t.written.emplace_back(buffer.bytes);
 }
 
+const std::vector<Range>& buffers() { return tracer().buffers; }
+
 Report take_report() {
   Tracer& t = tracer();
   for (auto& bytes : t.written) {

@@ -36,6 +36,7 @@ struct Report {
 
 // The memory the next launch may touch.
 void set_buffers(std::vector<Range> buffers);
+const std::vector<Range>& buffers();
 // What happened since the last call.
 Report take_report();
 

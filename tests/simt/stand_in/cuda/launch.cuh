@@ -13,7 +13,8 @@ namespace dsconv::cuda {
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared_bytes,
             const Runtime&, const Parameters& parameters) {
-  simt::run(name, {blocks, threads, shared_bytes}, [&] { kernel(parameters); });
+  simt::run({name, reinterpret_cast<const void*>(kernel), &parameters, sizeof parameters},
+            {blocks, threads, shared_bytes}, [&] { kernel(parameters); });
 }
 
 template <class T>
