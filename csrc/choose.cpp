@@ -29,6 +29,8 @@ extern const Kernel<DepthwiseProblem> nhwc_wide_k3s1, nhwc_wide_k3s2, nhwc_wide_
 extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys1, nhwc_narrow_kanys2;
 extern const Kernel<DepthwiseProblem> nchw_k3s1, nchw_k3s2, nchw_k5s1, nchw_k5s2, nchw_k7s1, nchw_k7s2, nchw_kanys1,
     nchw_kanys2;
+extern const Kernel<SeparableProblem> fused_nhwc_k3s1, fused_nhwc_k3s2, fused_nhwc_k5s1, fused_nhwc_k5s2,
+    fused_nhwc_k7s1, fused_nhwc_kany, fused_nchw_k3s1, fused_nchw_k3s2, fused_nchw_kany;
 }  // namespace cuda
 
 const std::vector<Row>& kernel_table() {
@@ -111,9 +113,14 @@ double busy_part(const Row& row, const Problem& problem, const Machine& machine)
   return std::min(1.0, threads(problem) / (kBusyThreads * machine.multiprocessors));
 }
 
-const char* why_not(const Row& row, const Machine& machine) {
+template <class Problem>
+const char* why_not(const Row& row, const Problem& problem, const Machine& machine) {
   if ((row.target == Target::cuda) != (machine.target == Target::cuda)) return "runs on another device";
-  if (row.target == Target::cuda) return machine.sm ? nullptr : "the library holds no code for this GPU";
+  if (row.target == Target::cuda) {
+    if (!machine.sm) return "the library holds no code for this GPU";
+    const auto least_sm = kernel_of<Problem>(row).least_sm;
+    return least_sm && least_sm(problem) > machine.sm ? "the GPU has no tensor cores for this dtype" : nullptr;
+  }
   return row.target > machine.target ? "the processor, or DSCONV_CPU_ISA, does not allow its instruction set" : nullptr;
 }
 
@@ -129,6 +136,10 @@ const char* why_not_packed(const Row& row, const Problem& problem, const Machine
   const bool reads_them = kernel_of<Problem>(row).reads_packed && row.target == machine.target;
   return reads_them ? nullptr : "the weights are packed, and not for it";
 }
+
+// A GPU has no pointwise rows to compare with. Blocks hold up to 128 outputs and compute the depthwise values anew for
+// every 128: twice hides behind the memory, by the roofline of an A100, and more does not.
+bool recomputes_too_much(const SeparableProblem& p) { return p.pointwise.out_channels > 2 * 128; }
 
 bool is_preferred(const Row& row, const Preferred& preferred) {
   return std::find(preferred.begin(), preferred.end(), row.name) != preferred.end();
@@ -148,7 +159,8 @@ double estimate_us(const Row& row, const SeparableProblem& p, const Machine& mac
   const double map =
       2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
   return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p.depthwise.dtype,
-                 machine);
+                 machine) /
+         busy_part(row, p, machine);
 }
 
 template <class Problem>
@@ -158,7 +170,7 @@ const Row* choose(Pass pass, const Problem& problem, const Machine& machine, con
   double best_us = 0;
   for (const Row& row : kernel_table()) {
     if (row.pass != pass) continue;
-    const char* reason = why_not(row, machine);
+    const char* reason = why_not(row, problem, machine);
     if (!reason) reason = why_not_packed(row, problem, machine);
     if (!reason) reason = kernel_of<Problem>(row).can_run(problem);
     double us = reason ? 0 : estimate_us(row, problem, machine);
@@ -194,6 +206,9 @@ SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Mac
         separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
     candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
   }
+  if (machine.target == Target::cuda && choice.fused && fuse == Fuse::automatic && recomputes_too_much(p) &&
+      !is_preferred(*choice.fused, preferred))
+    choice.fused = nullptr;
   if (!choice.fused || !separate || fuse == Fuse::always) return choice;
   const bool forced = is_preferred(*choice.depthwise, preferred) || is_preferred(*choice.pointwise, preferred);
   const bool keep =

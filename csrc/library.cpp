@@ -21,7 +21,10 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv, CPU, library) {
 
 #if DSCONV_CUDA
 // What is not here runs as the composition that Python registers below every kernel.
-STABLE_TORCH_LIBRARY_IMPL(dsconv, CUDA, library) { library.impl("depthwise", TORCH_BOX(&dsconv::depthwise)); }
+STABLE_TORCH_LIBRARY_IMPL(dsconv, CUDA, library) {
+  library.impl("depthwise", TORCH_BOX(&dsconv::depthwise));
+  library.impl("separable", TORCH_BOX(&dsconv::separable));
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv, CompositeExplicitAutograd, library) {

@@ -129,6 +129,7 @@ struct Kernel {
   size_t (*workspace_bytes)(const Problem&, int threads);
   void (*launch)(const Problem&, const Runtime&, void* workspace);
   int64_t (*threads)(const Problem&) = nullptr;  // CUDA rows: how many work at once, if the GPU has room
+  int (*least_sm)(const Problem&) = nullptr;     // CUDA rows: the least Machine::sm with the instructions it needs
   bool reads_packed = false;                     // can do with packed weights alone
 };
 

@@ -421,7 +421,8 @@ def register(library: torch.library.Library) -> None:
         "separable": _separable,
         "separable_backward": _separable_backward,
     }
-    for name, kernel in {**computing, "depthwise_torch": _depthwise, "pack": _pack}.items():
+    fallbacks = {"depthwise_torch": _depthwise, "separable_torch": _separable, "pack": _pack}
+    for name, kernel in {**computing, **fallbacks}.items():
         library.impl(name, kernel, "CompositeExplicitAutograd")
     if _loader.forced in ("cuda", "cpu"):
         with warnings.catch_warnings():

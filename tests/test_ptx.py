@@ -16,6 +16,7 @@ import pytest
 
 import native
 import ptx
+import test_simt_fused
 from dsconv_ext import _build
 from test_simt import PLAIN, ROWS, build, drive, problems
 
@@ -87,6 +88,16 @@ def test_direct(tmp_path):
 def test_every_row(row, tmp_path):
     source = re.sub(r"depthwise_fwd_(nhwc|nchw)(?:_wide|_narrow)?_k(\d|any)s\d_cuda", r"\1_k\2.cu", row)
     check(row, source, problems(row, 24), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["75", "80"])
+@pytest.mark.parametrize("row", test_simt_fused.ROWS)
+def test_every_fused_row(row, architecture, tmp_path):
+    """On sm_75 with other tensor-core instructions, plain copies, and no bfloat16."""
+    source = re.sub(r"separable_fwd_(fused_n\w+_k(?:\d|any))(?:s\d)?_cuda", r"\1.cu", row)
+    lines = [p for p in test_simt_fused.problems(row, 60) if architecture != "75" or "bfloat16" not in p]
+    check(row, source, lines, tmp_path, architecture)
 
 
 def kernel_of(*body: str) -> str:

@@ -312,7 +312,7 @@ def choices(*options: str, lines: list[str] | None = None) -> list[list[str]]:
 
 def check_choices(count: int, seed: int) -> set[str]:
     """Every problem of ``count`` has a legal row on every GPU; the rows that were chosen."""
-    found = choices("--choose-random", str(count), str(seed))
+    found = choices("--choose-random", "depthwise_fwd", str(count), str(seed))
     assert len(found) == 7 * count
     return {row for _, row, *_ in found}
 

@@ -42,6 +42,7 @@ constexpr Kernel<Problem> kernel_of() {
         with_storage(storage_of(p), [&](auto s) { Pass<decltype(s)>::launch(p, runtime, workspace); });
       },
       nullptr,
+      nullptr,
       reads_packed,
   };
 }

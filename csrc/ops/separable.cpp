@@ -18,9 +18,36 @@ SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& 
   if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
   std::vector<Candidate> candidates;
   const SeparableChoice choice = choose_separable(p, fuse, machine_of(x), preferred_rows(), &candidates);
+  // The composition says itself that it runs.
+  if (!choice.fused && !x.is_cpu()) return choice;
   record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name,
          candidates);
   return choice;
+}
+
+// The unfused composition that Python registers, for what no fused kernel of a GPU runs. It says so itself.
+Tensor separable_torch(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
+                       const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
+                       const OptionalTensor& residual, const IntList& stride, const IntList& padding,
+                       const IntList& dilation, const std::string& mid_activation, double mid_param,
+                       const std::string& activation, double activation_param, const std::string& fuse) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 14> stack{from(x),
+                                     from(depthwise_weight),
+                                     from(pointwise_weight),
+                                     from(depthwise_bias),
+                                     from(pointwise_bias),
+                                     from(residual),
+                                     from(stride),
+                                     from(padding),
+                                     from(dilation),
+                                     from(mid_activation),
+                                     from(mid_param),
+                                     from(activation),
+                                     from(activation_param),
+                                     from(fuse)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::separable_torch", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The pointwise product alone, into a new tensor.
@@ -31,24 +58,27 @@ Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
   return y;
 }
 
-}  // namespace
-
-Tensor separable_forward(SeparableProblem p, Fuse fuse, const Tensor& x) {
+Tensor run_rows(SeparableProblem p, const SeparableChoice& choice, const Tensor& x) {
+  STD_TORCH_CHECK(choice.fused || (choice.depthwise && choice.pointwise),
+                  "dsconv::separable: no kernel of this library runs here: ", describe(p));
   Tensor y = empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
-  if (p.pointwise.batch == 0) return y;
   p.pointwise.y = view_of(y);
-  const SeparableChoice choice = choose_rows(p, fuse, x);
   if (choice.fused) {
     launch(*choice.fused, p, x);
     return y;
   }
-  STD_TORCH_CHECK(choice.depthwise && choice.pointwise,
-                  "dsconv::separable: no kernel of this library runs here: ", describe(p));
   Tensor map = empty_output(x, p.pointwise.in_channels, spatial_of(x, p.pointwise.size));
   p.depthwise.y = p.pointwise.a = view_of(map);
   launch(*choice.depthwise, p.depthwise, x);
   launch(*choice.pointwise, p.pointwise, x);
   return y;
+}
+
+}  // namespace
+
+Tensor separable_forward(const SeparableProblem& p, Fuse fuse, const Tensor& x) {
+  if (p.pointwise.batch == 0) return empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
+  return run_rows(p, choose_rows(p, fuse, x), x);
 }
 
 Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
@@ -60,7 +90,13 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
       separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual,
                         {stride, padding, dilation}, parse_activation("mid_activation", mid_activation, mid_param),
                         parse_activation("activation", activation, activation_param));
-  return separable_forward(p, parse_fuse(fuse), x);
+  const Fuse how = parse_fuse(fuse);
+  if (x.is_cpu() || p.pointwise.batch == 0) return separable_forward(p, how, x);
+  // A GPU has no pointwise rows: unfused, PyTorch's matrix product is the second stage.
+  const SeparableChoice choice = how == Fuse::never ? SeparableChoice{} : choose_rows(p, how, x);
+  if (choice.fused) return run_rows(p, choice, x);
+  return separable_torch(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride,
+                         padding, dilation, mid_activation, mid_param, activation, activation_param, fuse);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(

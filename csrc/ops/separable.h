@@ -14,7 +14,7 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                  double activation_param, const std::string& fuse);
 
 // The forward of `problem` into a new tensor.
-Tensor separable_forward(SeparableProblem problem, Fuse fuse, const Tensor& x);
+Tensor separable_forward(const SeparableProblem& problem, Fuse fuse, const Tensor& x);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     const Tensor& grad, const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,

@@ -22,6 +22,8 @@
 #define __forceinline__ inline
 #define __noinline__
 
+using std::max, std::min;
+
 using simt::blockDim, simt::blockIdx, simt::gridDim, simt::threadIdx;
 
 using SimtSite = std::source_location;

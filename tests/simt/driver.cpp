@@ -6,7 +6,7 @@
 //   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
 //   driver --primitive NAME    a kernel of primitives.cu: words in from the standard input, words out (hexadecimal)
 //   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
-//   driver --choose-random N SEED
+//   driver --choose-random PASS N SEED
 
 #include <cstdio>
 #include <iostream>
@@ -51,24 +51,25 @@ class Case {
   }
   template <class Use>
   auto with(const Tensors& outputs, Use use) const {
-    return use(depthwise_problem(spec_, views_of(inputs_, outputs), {}));
+    return with_problem(spec_, views_of(inputs_, outputs), {}, use);
   }
   const char* refusal(const Row& row) const {
     const Tensors outputs = tensors_of(spec_, true);
-    return with(outputs, [&](const DepthwiseProblem& p) { return kernel_of<DepthwiseProblem>(row).can_run(p); });
+    return with(outputs, [&]<class Problem>(const Problem& p) { return kernel_of<Problem>(row).can_run(p); });
   }
   // Throws simt::Violation; "" or what was touched that should not be.
   std::string launch(const Row& row, const Tensors& outputs) const {
-    const auto& kernel = kernel_of<DepthwiseProblem>(row);
-    const auto bytes =
-        with(outputs, [&](const DepthwiseProblem& p) { return kernel.workspace_bytes(p, runtime.threads); });
+    const auto bytes = with(outputs, [&]<class Problem>(const Problem& p) {
+      return kernel_of<Problem>(row).workspace_bytes(p, runtime.threads);
+    });
     const Buffer workspace(static_cast<int64_t>(bytes), 0);
     std::vector<simt::trace::Range> buffers{{workspace.data(), workspace.bytes()}};
     for (const Tensors* tensors : {&inputs_, &outputs}) {
       for (const auto& [role, tensor] : *tensors) buffers.push_back({tensor.buffer().data(), tensor.buffer().bytes()});
     }
     simt::trace::set_buffers(buffers);
-    with(outputs, [&](const DepthwiseProblem& p) { kernel.launch(p, runtime, workspace.data()); });
+    with(outputs,
+         [&]<class Problem>(const Problem& p) { kernel_of<Problem>(row).launch(p, runtime, workspace.data()); });
     for (const auto& [role, tensor] : outputs) {
       if (!tensor.untouched_outside()) return std::string("wrote outside ") + kRoleNames[role];
     }
@@ -238,12 +239,13 @@ constexpr Gpu kGpus[] = {
 };
 
 // Sizes up to those of tensors that no test could hold: the launch code sees them, memory is never touched.
-Spec random_large(Random& r) {
-  Spec s = generate(Pass::depthwise_fwd, r.below(1 << 20), r.below(1 << 20));
+Spec random_large(Pass pass, Random& r) {
+  Spec s = generate(pass, r.below(1 << 20), r.below(1 << 20));
   static constexpr int64_t kBatches[] = {1, 1, 1, 2, 32, 256, 70'000}, kFactors[] = {1, 1, 2, 4, 8},
                            kSizes[] = {7, 14, 28, 56, 112, 224, 1'000, 5'000};
   s.batch = r.of(kBatches);
-  s.channels = r.one_in(3) ? 8 * r.between(1, 160) : s.channels * r.of(kFactors);
+  for (int64_t* channels : {&s.channels, &s.filters})
+    *channels = *channels && r.one_in(3) ? 8 * r.between(1, 160) : *channels * r.of(kFactors);
   for (int dim = 1; dim < 3; ++dim) {
     if (s.in[dim] == 1 || !r.one_in(2)) continue;
     s.in[dim] = r.of(kSizes);
@@ -269,29 +271,44 @@ Views imagined_views(const Spec& s) {
   return views;
 }
 
-// A problem has a row on every GPU, always the same, and the row's launch is one that CUDA takes.
+// A problem has the same row every time, and the row's launch is one that CUDA takes. Depthwise problems have a row on
+// every GPU; a separable one without is left to the unfused composition.
+template <class Problem>
+std::string choose_on(const Gpu& gpu, Pass pass, const Problem& problem, const Row* row) {
+  if (!row) return pass == Pass::separable_fwd ? "" : "no row";
+  if (row != choose(pass, problem, gpu.machine, {})) return "another row the second time";
+  const auto& kernel = kernel_of<Problem>(*row);
+  if (kernel.can_run(problem)) return "an illegal row";
+  try {
+    kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
+  } catch (const simt::Violation& violation) {
+    return violation.what();
+  }
+  return "";
+}
+
 bool choose_on_all(const Spec& spec) {
-  const DepthwiseProblem problem = depthwise_problem(spec, imagined_views(spec), {});
   bool good = true;
   simt::dry = true;
-  for (const Gpu& gpu : kGpus) {
-    const Row* row = choose(Pass::depthwise_fwd, problem, gpu.machine, {});
-    const bool again = row == choose(Pass::depthwise_fwd, problem, gpu.machine, {});
-    simt::largest = {};
-    std::string wrong = !row ? "no row" : again ? "" : "another row the second time";
-    if (row) {
-      const auto& kernel = kernel_of<DepthwiseProblem>(*row);
-      if (kernel.can_run(problem)) wrong = "an illegal row";
-      try {
-        kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
-      } catch (const simt::Violation& violation) {
-        wrong = violation.what();
-      }
+  with_problem(spec, imagined_views(spec), {}, [&](const auto& problem) {
+    for (const Gpu& gpu : kGpus) {
+      const Row* row = choose(spec.pass, problem, gpu.machine, {});
+      simt::largest = {};
+      const std::string wrong = choose_on(gpu, spec.pass, problem, row);
+      good &= wrong.empty();
+      std::printf("%s;%s;%s;%lld;%s\n", wrong.empty() ? "ok" : ("FAILED " + wrong).c_str(), gpu.name,
+                  row ? row->name : "-", static_cast<long long>(simt::largest.blocks), line_of(spec).c_str());
     }
-    good &= wrong.empty();
-    std::printf("%s;%s;%s;%lld;%s\n", wrong.empty() ? "ok" : ("FAILED " + wrong).c_str(), gpu.name,
-                row ? row->name : "-", static_cast<long long>(simt::largest.blocks), line_of(spec).c_str());
-  }
+  });
+  return good;
+}
+
+bool choose_randomly(const std::string& name, int64_t count, uint64_t seed) {
+  Pass pass{};
+  read(name, pass);
+  Random random(seed);
+  bool good = true;
+  while (count-- > 0) good &= choose_on_all(random_large(pass, random));
   return good;
 }
 
@@ -305,11 +322,8 @@ int main(int count, char** words) {
   try {
     if (option == "--plant") return run_plant(words[2]) ? 0 : 1;
     if (option == "--primitive") return run_primitive(words[2]) ? 0 : 1;
-    if (option == "--choose-random") {
-      Random random(std::stoull(words[3]));
-      for (int64_t i = std::stoll(words[2]); i > 0; --i) good &= choose_on_all(random_large(random));
-      return good ? 0 : 1;
-    }
+    if (option == "--choose-random")
+      return choose_randomly(words[2], std::stoll(words[3]), std::stoull(words[4])) ? 0 : 1;
     if (option == "--record") simt::record = std::fopen(words[2], "w");
     if (option == "--gpu") runtime.threads = std::stoi(words[2]);
     for (std::string line; std::getline(std::cin, line);)

@@ -1,0 +1,443 @@
+// Depthwise, mid activation and pointwise forward in one kernel: the depthwise map stays in the multiprocessor.
+//
+// A block computes kPixels pixels (a tile of rows x columns of one image) x kOutputs outputs. It walks through the
+// channels, 64 bytes of them at a time: the inputs of the tile and its halo go to shared memory, CUDA cores make of them
+// the depthwise values, rounded to the tensors' type as memory would round them, and a product with as many columns of
+// the pointwise weights adds to the sums in registers. More outputs than kOutputs are split over blocks, each of which
+// computes the depthwise values anew.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/depthwise_rows.cuh"
+#include "cuda/fused_product.cuh"
+
+namespace dsconv::cuda {
+
+// A tensor of [images, channels, rows, columns]. wide: what lies side by side is moved 16 bytes at a time.
+struct Map {
+  void* data;
+  int64_t image;
+  int channel, row, column;
+  bool wide;
+};
+
+struct FusedParameters {
+  Map x, y, residual;
+  const void *depthwise_weight, *depthwise_bias, *weight, *bias;
+  int64_t depthwise_channel, depthwise_tap, depthwise_bias_channel, weight_output, weight_channel, bias_output;
+  bool wide_weight;
+  Axis rows, columns;
+  int row_stride, column_stride;
+  int channels, multiplier, outputs;
+  int tile_shift;               // of the tile's columns; kPixels >> tile_shift rows
+  int row_tiles, column_tiles;  // of an image
+  int splits;                   // of the outputs
+  // The input of a tile: with row_split 2 even rows come before odd ones, so that lanes whose outputs are neighbours
+  // downwards read neighbouring rows.
+  int box_rows, box_columns, box_pitch, row_split, rows_of_phase;
+  int stages;  // boxes under way
+  ActivationSpec mid, activation;
+};
+
+// What a block computes, and its warps.
+template <int pixels, int outputs, int warps>
+struct FusedTile {
+  static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
+  static constexpr int kResident = 512 / kThreads;  // 128 registers for each thread
+  // Depthwise values of a chunk, weights of this one and the next.
+  static constexpr int kOperandBytes = (pixels + 2 * outputs) * kRowBytes;
+  static constexpr int kSumBytes = warps * 32 * kSumPitch * int{sizeof(float)};
+};
+
+// Taps and bias of a chunk of channels: floats, [tap][channel], the bias behind the taps.
+constexpr int kTapPitch = 36;
+
+// kTaps and kStride of 0 are counted at run time. kPixelsInner: neighbouring pixels lie side by side (contiguous), else
+// neighbouring channels (channels_last).
+template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
+class FusedBlock {
+  static constexpr int kVector = kWide<S>, kSlab = kChunk<S>;
+  static constexpr int kQuads = kSlab / 4;                                // threads across the channels of a chunk
+  static constexpr int kGroup = Tile::kPixels * kQuads / Tile::kThreads;  // pixels of a thread, side by side
+  using Sums = std::conditional_t<kPixelsInner, Product<S, Tile::kOutputs, Tile::kPixels, Tile::kWarps>,
+                                  Product<S, Tile::kPixels, Tile::kOutputs, Tile::kWarps>>;
+
+ public:
+  __device__ FusedBlock(const FusedParameters& p, unsigned char* shared) : p_(p), shared_(shared) {
+    int block = static_cast<int>(blockIdx.x);
+    output_ = block % p.splits * Tile::kOutputs;
+    block /= p.splits;
+    column_ = block % p.column_tiles << p.tile_shift;
+    block /= p.column_tiles;
+    row_ = block % p.row_tiles * (Tile::kPixels >> p.tile_shift);
+    image_ = block / p.row_tiles;
+  }
+
+  __device__ void compute() {
+    sums_.start();
+    // The first rounds only load: boxes `stages` chunks ahead, weights and taps one.
+#pragma unroll 1
+    for (int chunk = -p_.stages; chunk * kSlab < p_.channels; ++chunk) {
+      if (chunk >= 0) {
+        // The copies of this chunk are done, those of the next box may go on.
+        if (p_.stages == 2) {
+          wait_for_copies_but<1>();
+        } else {
+          wait_for_copies_but<0>();
+        }
+        __syncthreads();
+      }
+      load_weight(chunk + 1);
+      commit_copies();
+      if (chunk >= 0) {
+        depthwise(chunk);
+        __syncthreads();
+      }
+      load_box(chunk + p_.stages);
+      commit_copies();
+      load_taps(chunk + 1);
+      if (chunk < 0) continue;
+      const Operand pixels = map(), outputs = weight(chunk);
+      sums_.add(kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, steps(chunk));
+    }
+    __syncthreads();
+    store();
+  }
+
+ private:
+  // Shared memory: the depthwise values of a chunk, the weights of two, one or two boxes, the taps.
+  __device__ int operand_shift() const { return Tile::kPixels >> p_.tile_shift > 1 ? p_.tile_shift : kGroup / 2; }
+  __device__ Operand map() const { return {reinterpret_cast<uint4*>(shared_), operand_shift()}; }
+  __device__ Operand weight(int chunk) const {
+    const int at = (Tile::kPixels + chunk % 2 * Tile::kOutputs) * kRowBytes;
+    return {reinterpret_cast<uint4*>(shared_ + at), operand_shift()};
+  }
+  __device__ int box_bytes() const { return p_.box_rows * p_.box_pitch * kRowBytes; }
+  __device__ unsigned char* box(int chunk) const {
+    return shared_ + Tile::kOperandBytes + (p_.stages == 2 && chunk % 2 == 1 ? box_bytes() : 0);
+  }
+  __device__ float* taps() const {
+    return reinterpret_cast<float*>(shared_ + Tile::kOperandBytes + p_.stages * box_bytes());
+  }
+
+  __device__ int box_row(int row) const {
+    return (row & (p_.row_split - 1)) * p_.rows_of_phase + (row >> (p_.row_split - 1));
+  }
+  // Where a byte of a position lies. Two positions fill the banks. Columns are swapped in pairs in every second row and
+  // every second group of columns that a thread starts at, so that two threads side by side or one below the other meet
+  // no bank twice; and units are permuted where neighbouring pixels are written together.
+  __device__ int box_at(int row, int column, int byte) const {
+    const int r = box_row(row), swapped = (r ^ (column >> group_shift())) & 1;
+    return (r * p_.box_pitch + (column ^ swapped)) * kRowBytes + (byte ^ permuted(column >> 1));
+  }
+  __device__ static int permuted(int pair) { return kPixelsInner ? (pair & 3) * 16 : 0; }
+  __device__ int group_shift() const { return kGroup / 2 + (column_stride() == 2); }
+  __device__ int row_stride() const { return kStride ? kStride : p_.row_stride; }
+  __device__ int column_stride() const { return kStride ? kStride : p_.column_stride; }
+  __device__ int top() const { return row_ * row_stride() - p_.rows.pad; }
+  __device__ int left() const { return column_ * column_stride() - p_.columns.pad; }
+
+  __device__ bool exists(int chunk) const { return chunk >= 0 && chunk * kSlab < p_.channels; }
+  // Channels of a chunk that exist, and how many halves of it the product needs.
+  __device__ int remaining(int chunk) const { return p_.channels - chunk * kSlab; }
+  __device__ int steps(int chunk) const { return remaining(chunk) > kSlab / 2 ? 2 : 1; }
+
+  // A unit of values that are not 16 aligned bytes; zeros beyond `count`.
+  template <class At>
+  __device__ static void gather(uint4* to, int count, At at) {
+    uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i >= count) break;
+      if constexpr (sizeof(S) == 4) {
+        word[i] = __ldg(reinterpret_cast<const uint32_t*>(at(i)));
+      } else {
+        word[i / 2] |= uint32_t{__ldg(reinterpret_cast<const uint16_t*>(at(i)))} << i % 2 * 16;
+      }
+    }
+    *to = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+
+  // Of positions outside the map, and of channels that do not exist, nothing is written: nobody reads the former, and
+  // what becomes of the latter is replaced.
+  __device__ void load_box(int chunk) {
+    const int first = chunk * kSlab;
+    if (!exists(chunk)) return;
+    const Clipped rows(top(), p_.box_rows, p_.rows.in), columns(left(), p_.box_columns, p_.columns.in);
+    if (rows.count == 0 || columns.count == 0) return;
+    unsigned char* const to = box(chunk);
+    const S* const x = static_cast<const S*>(p_.x.data) + image_ * p_.x.image + (top() + rows.low) * p_.x.row +
+                       (left() + columns.low) * p_.x.column;
+    const auto visit = [&](int row, int column, int u) {
+      const int channel = first + u * kVector;
+      if (channel >= p_.channels) return;
+      auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + rows.low, column + columns.low, 16 * u));
+      const S* const from = x + row * p_.x.row + column * p_.x.column;
+      if (p_.x.wide) {
+        copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
+      } else {
+        int source = channel / p_.multiplier, of_source = channel % p_.multiplier;
+        gather(unit, p_.channels - channel, [&](int) {
+          const S* const at = from + source * p_.x.channel;
+          of_source = of_source + 1 == p_.multiplier ? 0 : of_source + 1;
+          source += of_source == 0;
+          return at;
+        });
+      }
+    };
+    if constexpr (kPixelsInner) {
+      for_stream(kUnits, rows.count, columns.count, [&](int u, int row, int column) { visit(row, column, u); });
+    } else {
+      for_stream(rows.count, columns.count, kUnits, visit);
+    }
+  }
+
+  // Zeros for the channels that do not exist. What outputs that do not exist would be is never stored.
+  __device__ void load_weight(int chunk) {
+    const int first = chunk * kSlab;
+    if (!exists(chunk)) return;
+    const int outputs = min(p_.outputs - output_, Tile::kOutputs), units = kUnits / 2 * steps(chunk);
+    const Operand to = weight(chunk);
+    const S* const from = static_cast<const S*>(p_.weight) + output_ * p_.weight_output;
+    for (int i = threadIdx.x; i < outputs * kUnits; i += Tile::kThreads) {
+      const int output = i / kUnits, u = i % kUnits, channel = first + u * kVector;
+      if (u >= units) continue;
+      const S* const row = from + output * p_.weight_output;
+      const int count = max(0, min(kVector, p_.channels - channel));
+      if (p_.wide_weight) {
+        copy_async_16(to.unit(output, u), row + (count ? channel : 0), count * int{sizeof(S)});
+      } else {
+        gather(to.unit(output, u), count, [&](int c) { return row + (channel + c) * p_.weight_channel; });
+      }
+    }
+  }
+
+  __device__ void load_taps(int chunk) {
+    const int first = chunk * kSlab, count = min(remaining(chunk), kSlab), rows = p_.rows.taps * p_.columns.taps;
+    if (!exists(chunk)) return;
+    float* const to = taps();
+    stage_taps(to, kTapPitch, static_cast<const S*>(p_.depthwise_weight) + first * p_.depthwise_channel,
+               p_.depthwise_channel, p_.depthwise_tap, rows, count, [](int c) { return c; });
+    const int c = threadIdx.x;
+    if (c < count) {
+      const S* const bias = static_cast<const S*>(p_.depthwise_bias);
+      to[rows * kTapPitch + c] = bias ? widen(__ldg(bias + (first + c) * p_.depthwise_bias_channel)) : 0.0f;
+    }
+  }
+
+  // Four channels of a position of the box.
+  __device__ static void load_four(const unsigned char* at, float (&value)[4]) {
+    if constexpr (sizeof(S) == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(at);
+      value[0] = four.x;
+      value[1] = four.y;
+      value[2] = four.z;
+      value[3] = four.w;
+    } else {
+      const uint2 bits = *reinterpret_cast<const uint2*>(at);
+      const float2 low = widen_pair<S>(bits.x), high = widen_pair<S>(bits.y);
+      value[0] = low.x;
+      value[1] = low.y;
+      value[2] = high.x;
+      value[3] = high.y;
+    }
+  }
+
+  // A thread has four channels of kGroup neighbouring pixels. Lanes go through the channels, then down the tile.
+  __device__ void depthwise(int chunk) {
+    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads, height = Tile::kPixels >> p_.tile_shift;
+    const int row = group % height, column = group / height * kGroup;
+    float sum[kGroup][4];
+    if constexpr (kTaps == 0) {
+      add_any_taps(chunk, quad, row, column, sum);
+    } else {
+      const Inside inside(p_.columns, left() + column * kStride);
+      // The warp decides together: one that has both kinds would do the work of both.
+      if (__all_sync(~0u, inside.holds_all((kGroup - 1) * kStride + kTaps))) {
+        add_taps<true>(chunk, quad, row, column, inside, sum);
+      } else {
+        add_taps<false>(chunk, quad, row, column, inside, sum);
+      }
+    }
+    activate_values(reinterpret_cast<float (&)[4 * kGroup]>(sum), p_.mid);
+    const Operand to = map();
+    const int count = remaining(chunk) - 4 * quad;
+#pragma unroll
+    for (int l = 0; l < kGroup; ++l) {
+      float (&value)[4] = sum[l];
+#pragma unroll
+      for (int v = 0; v < 4; ++v) value[v] = v < count ? value[v] : 0.0f;
+      const int pixel = (row << p_.tile_shift) + column + l;
+      uint4* const unit = to.unit(pixel, quad * 4 / kVector);
+      if constexpr (sizeof(S) == 4) {
+        *reinterpret_cast<float4*>(unit) = make_float4(value[0], value[1], value[2], value[3]);
+      } else {
+        reinterpret_cast<uint2*>(unit)[quad % 2] =
+            make_uint2(narrow_pair<S>(value[0], value[1]), narrow_pair<S>(value[2], value[3]));
+      }
+    }
+  }
+
+  __device__ void start(const float* bias, float (&sum)[kGroup][4]) const {
+    const float4 four = *reinterpret_cast<const float4*>(bias);
+#pragma unroll
+    for (auto& value : sum) {
+      value[0] = four.x;
+      value[1] = four.y;
+      value[2] = four.z;
+      value[3] = four.w;
+    }
+  }
+  __device__ static void add(const float4& tap, const float (&in)[4], float (&sum)[4]) {
+    sum[0] += tap.x * in[0];
+    sum[1] += tap.y * in[1];
+    sum[2] += tap.z * in[2];
+    sum[3] += tap.w * in[3];
+  }
+
+  template <bool kInterior>
+  __device__ void add_taps(int chunk, int quad, int row, int column, const Inside& inside, float (&sum)[kGroup][4]) {
+    constexpr int kReads = (kGroup - 1) * kStride + kTaps;
+    const float* tap = taps() + 4 * quad;
+    start(tap + p_.rows.taps * kTaps * kTapPitch, sum);
+    const unsigned char* const from = box(chunk);
+    const int first = top() + row * kStride, byte = quad * 4 * int{sizeof(S)}, pair = column * kStride / 2;
+#pragma unroll 1
+    for (int u = 0; u < p_.rows.taps; ++u, tap += kTaps * kTapPitch) {
+      const int down = u * p_.rows.dilation;
+      if (static_cast<unsigned>(first + down) >= static_cast<unsigned>(p_.rows.in)) continue;
+      // box_at() of columns from an even one on.
+      const int r = box_row(row * kStride + down), odd = (r ^ (column / kGroup)) & 1;
+      const unsigned char* const line = from + (r * p_.box_pitch + column * kStride) * kRowBytes;
+      float in[kReads][4];
+#pragma unroll
+      for (int c = 0; c < kReads; ++c) {
+        const int swapped = c / (kGroup * kStride) % 2 ? 1 - odd : odd;
+        load_four(line + (c + (c % 2 ? -swapped : swapped)) * kRowBytes + (byte ^ permuted(pair + c / 2)), in[c]);
+      }
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        const float4 weight = *reinterpret_cast<const float4*>(tap + t * kTapPitch);
+#pragma unroll
+        for (int l = 0; l < kGroup; ++l) {
+          if (kInterior || inside.holds(l * kStride + t)) add(weight, in[l * kStride + t], sum[l]);
+        }
+      }
+    }
+  }
+
+  __device__ void add_any_taps(int chunk, int quad, int row, int column, float (&sum)[kGroup][4]) {
+    const float* tap = taps() + 4 * quad;
+    start(tap + p_.rows.taps * p_.columns.taps * kTapPitch, sum);
+    const unsigned char* const from = box(chunk);
+    const int byte = quad * 4 * int{sizeof(S)};
+#pragma unroll 1
+    for (int u = 0; u < p_.rows.taps; ++u) {
+      const int down = row * row_stride() + u * p_.rows.dilation, y = top() + down;
+      if (static_cast<unsigned>(y) >= static_cast<unsigned>(p_.rows.in)) {
+        tap += p_.columns.taps * kTapPitch;
+        continue;
+      }
+#pragma unroll 1
+      for (int t = 0; t < p_.columns.taps; ++t, tap += kTapPitch) {
+        const float4 weight = *reinterpret_cast<const float4*>(tap);
+#pragma unroll
+        for (int l = 0; l < kGroup; ++l) {
+          const int across = (column + l) * column_stride() + t * p_.columns.dilation;
+          if (static_cast<unsigned>(left() + across) >= static_cast<unsigned>(p_.columns.in)) continue;
+          float in[4];
+          load_four(from + box_at(down, across, byte), in);
+          add(weight, in, sum[l]);
+        }
+      }
+    }
+  }
+
+  // Through shared memory, 32 x 32 sums of a warp at a time, so that a lane has eight neighbours.
+  __device__ void store() {
+    using Share = WarpTile<kPixelsInner ? Tile::kOutputs : Tile::kPixels, kPixelsInner ? Tile::kPixels : Tile::kOutputs,
+                           Tile::kWarps>;
+    const Share share;
+    const int lane = threadIdx.x % 32;
+    float* const sums = reinterpret_cast<float*>(shared_) + threadIdx.x / 32 * (32 * kSumPitch);
+#pragma unroll
+    for (int part = 0; part < Share::kColumns / 32; ++part) {
+      sums_.put(part, sums);
+      __syncwarp();
+#pragma unroll 1
+      for (int i = lane; i < 32 * 4; i += 32) {
+        // Odd rows are read the other half first, which lies in other banks.
+        const int row = i / 4, odd = row % 2;
+        const float* const from = sums + row * kSumPitch + i % 4 * 8;
+        const float4 one = *reinterpret_cast<const float4*>(from + 4 * odd),
+                     other = *reinterpret_cast<const float4*>(from + 4 - 4 * odd);
+        const float4 low = odd ? other : one, high = odd ? one : other;
+        float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        finish(share.row + row, share.column + 32 * part + i % 4 * 8, value);
+      }
+      __syncwarp();
+    }
+  }
+
+  // Eight sums of neighbouring outputs of one pixel, or of neighbouring pixels of one output.
+  __device__ void finish(int row, int first, float (&value)[8]) const {
+    const int pixel = kPixelsInner ? first : row, output = output_ + (kPixelsInner ? row : first);
+    const int y = row_ + (pixel >> p_.tile_shift), x = column_ + (pixel & ((1 << p_.tile_shift) - 1));
+    if (y >= p_.rows.out || x >= p_.columns.out || output >= p_.outputs) return;
+    const int count = min(8, kPixelsInner ? p_.columns.out - x : p_.outputs - output);
+    if (p_.bias) {
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        if (v < count)
+          value[v] += widen(__ldg(static_cast<const S*>(p_.bias) + (output + (kPixelsInner ? 0 : v)) * p_.bias_output));
+      }
+    }
+    const auto at = [&](const Map& m) {
+      return static_cast<S*>(m.data) + image_ * m.image + output * m.channel + y * m.row + x * m.column;
+    };
+    const auto step = [](const Map& m) { return kPixelsInner ? m.column : m.channel; };
+    if (p_.residual.data) {
+      const S* const from = at(p_.residual);
+      if (p_.residual.wide && count == 8) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          Channels<S, kVector> some;
+          some.load(from + i / kVector * kVector);
+          float four[4];
+          some.part(i % kVector / 4, four);
+#pragma unroll
+          for (int v = 0; v < 4; ++v) value[i + v] += four[v];
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < 8; ++v) {
+          if (v < count) value[v] += widen(__ldg(from + v * step(p_.residual)));
+        }
+      }
+    }
+    activate_values(value, p_.activation);
+    S* const to = at(p_.y);
+    if (p_.y.wide && count == 8) {
+#pragma unroll
+      for (int i = 0; i < 8; i += kVector) Channels<S, kVector>::store(value + i, to + i);
+    } else {
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        if (v < count) narrow(value[v], to + v * step(p_.y));
+      }
+    }
+  }
+
+  const FusedParameters& p_;
+  unsigned char* shared_;
+  int output_, column_, row_, image_;
+  Sums sums_;
+};
+
+template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) fused_forward(const FusedParameters p) {
+  FusedBlock<S, Tile, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
+}
+
+}  // namespace dsconv::cuda

@@ -1,0 +1,8 @@
+#include "cuda/fused_rows.cuh"
+
+namespace dsconv::cuda {
+
+extern const Kernel<SeparableProblem> fused_nchw_k3s1 = kernel_of_fused<3, 1, true, Small, Large>();
+extern const Kernel<SeparableProblem> fused_nchw_k3s2 = kernel_of_fused<3, 2, true, Small, Large>();
+
+}  // namespace dsconv::cuda

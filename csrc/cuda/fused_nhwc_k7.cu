@@ -1,0 +1,7 @@
+#include "cuda/fused_rows.cuh"
+
+namespace dsconv::cuda {
+
+extern const Kernel<SeparableProblem> fused_nhwc_k7s1 = kernel_of_fused<7, 1, false, Small, Large>();
+
+}  // namespace dsconv::cuda

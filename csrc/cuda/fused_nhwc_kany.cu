@@ -1,0 +1,7 @@
+#include "cuda/fused_rows.cuh"
+
+namespace dsconv::cuda {
+
+extern const Kernel<SeparableProblem> fused_nhwc_kany = kernel_of_fused<0, 0, false, Tiny, Small>();
+
+}  // namespace dsconv::cuda

@@ -1,0 +1,169 @@
+// The matrix product within a block of the fused kernel: sums += P Q^T, where the rows of P and Q are pixels and outputs
+// or, for contiguous tensors, outputs and pixels. A warp has 32 rows of P and kColumns rows of Q.
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "cuda/storage.cuh"
+
+namespace dsconv::cuda {
+
+// One chunk of channels of one row: as many as 64 bytes hold.
+constexpr int kRowBytes = 64, kUnits = kRowBytes / 16;
+template <class S>
+constexpr int kChunk = kRowBytes / sizeof(S);
+
+// A matrix in shared memory, rows of 64 bytes. Eight neighbouring rows of the same unit of 16 bytes lie in different
+// banks (ldmatrix), and so do rows that are 2^shift apart (the depthwise stage writes two such at a time).
+struct Operand {
+  uint4* data;
+  int shift;
+
+  __device__ uint4* unit(int row, int u) const {
+    return data + (row ^ (row >> shift & 1)) * kUnits + (u ^ (row >> 1 & 3));
+  }
+};
+
+// How the warps of a block share the product.
+template <int kRowsOfP, int kRowsOfQ, int kWarps>
+struct WarpTile {
+  static constexpr int kRows = 32, kDown = kRowsOfP / kRows, kColumns = kRowsOfQ / (kWarps / kDown);
+  static_assert(kRowsOfP % kRows == 0 && kWarps % kDown == 0 && kColumns % 32 == 0);
+
+  int row, column;  // the first of P, the first of Q
+
+  __device__ WarpTile()
+      : row(static_cast<int>(threadIdx.x / 32) % kDown * kRows),
+        column(static_cast<int>(threadIdx.x / 32) / kDown * kColumns) {}
+};
+
+// Pitch of the 32 x 32 sums that a warp lays out in shared memory at the end.
+constexpr int kSumPitch = 40;
+
+// d += a b. Before sm_80 tensor cores take 8 channels at a time, and no bfloat16: choose() leaves that out.
+template <class S>
+__device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (__is_same(S, __half)) {
+    mma_m16n8k8_f16(d, {a[0], a[1]}, {b[0]});
+    mma_m16n8k8_f16(d, {a[2], a[3]}, {b[1]});
+  }
+#else
+  mma_m16n8k16<S>(d, a, b);
+#endif
+}
+
+// On tensor cores.
+template <class S, int kRowsOfP, int kRowsOfQ, int kWarps>
+class Product {
+  using Tile = WarpTile<kRowsOfP, kRowsOfQ, kWarps>;
+
+ public:
+  static constexpr int kColumns = Tile::kColumns;
+
+  __device__ void start() {
+#pragma unroll
+    for (auto& rows : sum_) {
+#pragma unroll
+      for (auto& quad : rows) quad[0] = quad[1] = quad[2] = quad[3] = 0;
+    }
+  }
+
+  // Adds `steps` halves of a chunk.
+  __device__ void add(const Operand& p, const Operand& q, int steps) {
+    const Tile tile;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], p.unit(tile.row + 16 * i + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+      for (int j = 0; j < kColumns / 16; ++j) {
+        uint32_t b[4];
+        ldmatrix_x4(b, q.unit(tile.column + 16 * j + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_add<S>(sum_[i][2 * j], a[i], low);
+          multiply_add<S>(sum_[i][2 * j + 1], a[i], high);
+        }
+      }
+    }
+  }
+
+  // Columns 32 part to 32 part + 31 of the warp's tile.
+  __device__ void put(int part, float* to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float (&quad)[4] = sum_[i][4 * part + j];
+        float* const at = to + (16 * i + lane / 4) * kSumPitch + 8 * j + lane % 4 * 2;
+        *reinterpret_cast<float2*>(at) = make_float2(quad[0], quad[1]);
+        *reinterpret_cast<float2*>(at + 8 * kSumPitch) = make_float2(quad[2], quad[3]);
+      }
+    }
+  }
+
+ private:
+  float sum_[2][kColumns / 8][4];
+};
+
+// In float32 as it is: on CUDA cores. A lane has rows 8 i + lane % 8 of P and, of each 32 rows of Q, eight neighbours.
+template <int kRowsOfP, int kRowsOfQ, int kWarps>
+class Product<float, kRowsOfP, kRowsOfQ, kWarps> {
+  using Tile = WarpTile<kRowsOfP, kRowsOfQ, kWarps>;
+
+ public:
+  static constexpr int kColumns = Tile::kColumns;
+
+  __device__ void start() {
+#pragma unroll
+    for (auto& row : sum_) {
+#pragma unroll
+      for (float& sum : row) sum = 0;
+    }
+  }
+
+  __device__ void add(const Operand& p, const Operand& q, int steps) {
+    const Tile tile;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int u = 0; u < 2 * steps; ++u) {
+      float4 a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const float4*>(p.unit(tile.row + 8 * i + lane % 8, u));
+#pragma unroll
+      for (int j = 0; j < kColumns / 4; ++j) {
+        const int row = tile.column + j / 8 * 32 + lane / 8 * 8 + j % 8;
+        const float4 b = *reinterpret_cast<const float4*>(q.unit(row, u));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum_[i][j] += a[i].x * b.x;
+          sum_[i][j] += a[i].y * b.y;
+          sum_[i][j] += a[i].z * b.z;
+          sum_[i][j] += a[i].w * b.w;
+        }
+      }
+    }
+  }
+
+  __device__ void put(int part, float* to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        const float* const four = sum_[i] + 8 * part + j;
+        *reinterpret_cast<float4*>(to + (8 * i + lane % 8) * kSumPitch + lane / 8 * 8 + j) =
+            make_float4(four[0], four[1], four[2], four[3]);
+      }
+    }
+  }
+
+ private:
+  float sum_[4][kColumns / 4];
+};
+
+}  // namespace dsconv::cuda
