@@ -46,10 +46,10 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
   if constexpr (__is_same(S, __half)) {
     mma_m16n8k8_f16(d, {a[0], a[1]}, {b[0]});
     mma_m16n8k8_f16(d, {a[2], a[3]}, {b[1]});
+    return;
   }
-#else
-  mma_m16n8k16<S>(d, a, b);
 #endif
+  mma_m16n8k16<S>(d, a, b);  // traps where there is no such instruction
 }
 
 // On tensor cores.
