@@ -1,6 +1,6 @@
 """Registers, shared memory, stack and spills of every CUDA kernel on every architecture, as ptxas reports them.
 
-``python tests/ptxas.py`` compiles csrc/cuda (about ten minutes on one core) and writes ``tests/ptxas.csv``, whose first
+``python tests/ptxas.py`` compiles csrc/cuda (ten minutes on two cores) and writes ``tests/ptxas.csv``, whose first
 line is the hash of the sources: ``tests/test_ptxas.py`` fails when they have changed since.
 """
 
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,12 +92,17 @@ def main() -> None:
     cuda = _build.find_cuda()
     if cuda is None:
         raise SystemExit("nvcc was not found")
-    found: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for architecture in ARCHITECTURES:
-            for source in kernels():
-                found += compile_one(cuda, source, architecture, Path(folder) / "kernel.cubin")
-                print(architecture, source.name, flush=True)
+    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in kernels()]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_build.max_jobs()) as pool:
+
+        def compile_job(job: tuple[Path, str]) -> list[Kernel]:
+            source, architecture = job
+            cubin = Path(folder) / f"{source.stem}_{architecture}.cubin"
+            kernels_of_job = compile_one(cuda, source, architecture, cubin)
+            print(architecture, source.name, flush=True)
+            return kernels_of_job
+
+        found = [kernel for result in pool.map(compile_job, jobs) for kernel in result]
     with TABLE.open("w", newline="") as file:
         file.write(f"# nvcc {cuda.release}, sources {source_hash()}\n")
         writer = csv.writer(file, lineterminator="\n")

@@ -105,40 +105,6 @@ struct Outputs {
   }
 };
 
-// Visits the elements of planes x height x width in the order of memory, the block's threads side by side: no division
-// but for the first.
-template <class Visit>
-__device__ inline void for_stream(int planes, int height, int width, Visit visit) {
-  const int step = blockDim.x, size = height * width;
-  const int step_plane = step / size, step_row = step % size / width, step_column = step % width;
-  int plane = threadIdx.x / size, row = threadIdx.x % size / width, column = threadIdx.x % width;
-  while (plane < planes) {
-    visit(plane, row, column);
-    column += step_column;
-    row += step_row;
-    plane += step_plane;
-    if (column >= width) {
-      column -= width;
-      ++row;
-    }
-    if (row >= height) {
-      row -= height;
-      ++plane;
-    }
-  }
-}
-
-// The part of [begin, begin + count) that exists.
-struct Clipped {
-  int low, count;
-
-  __device__ Clipped(int begin, int size, int limit) {
-    low = begin < 0 ? -begin : 0;
-    const int high = begin + size > limit ? limit - begin : size;
-    count = high > low ? high - low : 0;
-  }
-};
-
 // Copies the taps of `channels` channels from channel `first` on into shared memory as floats: [tap][pitch]. A warp
 // takes 8 taps of 4 channels at a time: memory has the taps of a channel together, and a pitch of 4 modulo 32 puts
 // these 32 numbers into 32 banks. place(c) is where channel c lies.

@@ -11,6 +11,7 @@
 
 #include "cuda/depthwise_rows.cuh"
 #include "cuda/fused_product.cuh"
+#include "cuda/plane_stream.cuh"
 
 namespace dsconv::cuda {
 
@@ -166,13 +167,14 @@ class FusedBlock {
     if (!exists(chunk)) return;
     const Clipped rows(top(), p_.box_rows, p_.rows.in), columns(left(), p_.box_columns, p_.columns.in);
     if (rows.count == 0 || columns.count == 0) return;
+    const int down = rows.begin - top(), across = columns.begin - left();
     unsigned char* const to = box(chunk);
-    const S* const x = static_cast<const S*>(p_.x.data) + image_ * p_.x.image + (top() + rows.low) * p_.x.row +
-                       (left() + columns.low) * p_.x.column;
+    const S* const x =
+        static_cast<const S*>(p_.x.data) + image_ * p_.x.image + rows.begin * p_.x.row + columns.begin * p_.x.column;
     const auto visit = [&](int row, int column, int u) {
       const int channel = first + u * kVector;
       if (channel >= p_.channels) return;
-      auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + rows.low, column + columns.low, 16 * u));
+      auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + down, column + across, 16 * u));
       const S* const from = x + row * p_.x.row + column * p_.x.column;
       if (p_.x.wide) {
         copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
