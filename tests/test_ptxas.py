@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import ptxas
+from dsconv_ext import _build
 
 
 def test_the_table_is_of_these_sources():
@@ -33,10 +34,12 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """256 threads of any kernel, 512 of those that go through shared memory."""
+    """256 threads of any kernel, 512 of those that go through shared memory but for a few of the largest tile."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
-    assert all(k.registers <= 128 for k in table if "nchw" in k.kernel or "fused" in k.kernel)
+    through_shared = [k for k in table if "nchw" in k.kernel or "fused" in k.kernel]
+    assert all(k.registers <= 128 or "<128, 128, 8>" in k.kernel for k in through_shared)
+    assert sum(k.registers > 128 for k in through_shared) <= len(through_shared) / 8
 
 
 def nvdisasm() -> str:
@@ -84,4 +87,55 @@ def straight_line(instructions: list[str], labels: dict[str, int]) -> list[str]:
 def multiply_adds(loop: list[str]) -> int:
     return sum("FFMA" in instruction for instruction in loop)
 
-    """256 threads of any kernel, 512 of those that go through shared memory."""
+
+def compiled(source: str, folder: Path) -> dict[str, tuple[list[str], dict[str, int]]]:
+    """The kernels of a source on sm_80."""
+    cuda = _build.find_cuda()
+    if cuda is None:
+        pytest.skip("nvcc was not found")
+    ptxas.compile_one(cuda, _build.CSRC / "cuda" / f"{source}.cu", "80", folder / "kernel.cubin")
+    return instructions_of(folder / "kernel.cubin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taps", "share"), [(3, 0.45), (5, 0.60), (7, 0.60)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_hot_loops_multiply(taps, stride, share, tmp_path):
+    """In float32: the share of multiply-adds, and inputs and weights in vectors of 16 bytes."""
+    kernels = compiled(f"nhwc_wide_k{taps}s{stride}", tmp_path)
+    (kernel,) = [k for name, k in kernels.items() if re.match(r"\S*depthwise_nhwcIfLi4E", name)]
+    loop = hot_loop(*kernel)
+    assert multiply_adds(loop) >= share * len(loop)
+    loads = [i for i in loop if "LDG" in i or "LDS" in i]
+    assert loads and all(".128" in i for i in loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taps", "share"), [(3, 0.45), (5, 0.60), (7, 0.60)])
+def test_contiguous_rows_multiply(taps, share, tmp_path):
+    """Of a lane's rows of outputs, which are no loop, with all that it does once: the share of multiply-adds at stride
+    1. The streams move 4 values at once, of float32 by asynchronous copies."""
+    kernels = compiled(f"nchw_k{taps}", tmp_path)
+    assert len(kernels) == 2
+    for name, (instructions, labels) in kernels.items():
+        text = "\n".join(instructions)
+        block = straight_line(instructions, labels)
+        asynchronous = f"ILi{taps}ELi1E" in name
+        if asynchronous:
+            assert multiply_adds(block) >= share * len(block), name
+        assert not re.search(r"STL|LDL", "\n".join(block)), name
+        assert bool(re.search(r"LDGSTS\S*\.128", text)) == asynchronous, name
+        assert re.search(r"LDG\S*\.64", text), name
+        assert all(re.search(rf"\bSTG?\.E\S*\.{bits}", text) for bits in (64, 128)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [p.stem for p in ptxas.kernels() if p.stem.startswith("fused_")])
+def test_fused_kernels_use_tensor_cores(source, tmp_path):
+    """Products of half types on tensor cores, operands by ldmatrix, inputs by asynchronous copies."""
+    kernels = {name: code for name, (code, _) in compiled(source, tmp_path).items() if "fused_forward" in name}
+    assert len(kernels) >= 6
+    for name, code in kernels.items():
+        text = "\n".join(code)
+        assert "LDGSTS" in text
+        assert ("HMMA.16816" in text) == ("LDSM" in text) == ("fused_forwardIf" not in name), name

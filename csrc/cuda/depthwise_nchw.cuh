@@ -30,14 +30,17 @@ struct NchwParameters {
 };
 
 // Enough rows that what a lane does once, above all fetching its taps, is little beside them; common feature maps have
-// a multiple of 7, and rows that do not exist are skipped.
-constexpr int kRowsOfThread = 14;
+// a multiple of 7, and rows that do not exist are skipped. With 7 taps and a stride of 2, 14 would not fit the registers.
+template <int kTaps, int kStride>
+constexpr int kRowsOf = kTaps == 7 && kStride == 2 ? 7 : 14;
 // A row of a map that is not cut needs a lane for every output; else blocks of half as many leave the scheduler more
 // choice.
 constexpr int kMostThreads = 512, kThreads = kMostThreads / 2;
 
 template <int kTaps, int kStride>
 class NchwBlock {
+  static constexpr int kRowsOfThread = kRowsOf<kTaps, kStride>;
+
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
       : p_(p), box_(shared), taps_(shared + p.box), biases_(taps_ + p.planes * kTaps * kTaps) {
@@ -227,6 +230,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) depthwise_nchw(const NchwPara
 // A row of kernels.inc.
 template <int kTaps, int kStride>
 struct Nchw {
+  static constexpr int kRowsOfThread = kRowsOf<kTaps, kStride>;
   static constexpr int64_t kSharedBytes = 31 << 10;  // two blocks fit every architecture's multiprocessor
 
   static const char* can_run(const DepthwiseProblem& p) {

@@ -437,8 +437,14 @@ class FusedBlock {
   Sums sums_;
 };
 
+// Blocks that the registers of a multiprocessor hold: 512 threads, or half of them where 128 registers would not do.
 template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) fused_forward(const FusedParameters p) {
+constexpr int kResident =
+    Tile::kThreads == 256 && (sizeof(S) == 4 ? kPixelsInner : kTaps * kStride >= 7) ? 1 : Tile::kResident;
+
+template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
+__global__ void __launch_bounds__(Tile::kThreads, kResident<S, Tile, kTaps, kStride, kPixelsInner>)
+    fused_forward(const FusedParameters p) {
   FusedBlock<S, Tile, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
 }
 
