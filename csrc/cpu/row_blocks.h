@@ -13,9 +13,9 @@ namespace dsconv::cpu::DSCONV_ISA {
 // Neighbouring taps that meet one row of the input. Offsets are in elements.
 struct Segment {
   int64_t x;
-  int64_t weight[2];  // for the first and the second output row
-  int64_t low, high;  // the columns inside the tensor, counted from the column that output 0 reads first
-  uint64_t inside;    // scratch: a bit for each of those columns that the block reads
+  int64_t weight[2];    // for the first and the second output row
+  int64_t low, high;    // the columns inside the tensor, counted from the column that output 0 reads first
+  uint64_t inside = 0;  // scratch: a bit for each of those columns that the block reads
 };
 
 // A row of the input and the rows of taps that meet it.
