@@ -32,7 +32,7 @@ constexpr int kLanes = kVectorBytes / sizeof(T);
 template <class T>
 struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
-  // In memory. (A memcpy would go through the stack where `keep` follows.)
+  // In memory, where it is no more aligned than its elements.
   typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <class T>
@@ -54,7 +54,7 @@ DSCONV_INLINE Vec<T> splat(T s) {
 // Loads a vector into a register: compilers would rather read memory again as the operand of every use.
 template <class T>
 DSCONV_INLINE Vec<T> load_once(const T* p) {
-#if defined(__SANITIZE_ADDRESS__)  // which does not look into asm
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)  // which do not look into asm
   return load(p);
 #elif defined(__AVX__)
   Vec<T> v;
