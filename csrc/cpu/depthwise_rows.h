@@ -189,6 +189,27 @@ struct Rows {
     return count;
   }
 
+  // Lists the rows as those of a window of kernels.taps x kernels.taps; false if it is none or has no kernels.
+  static bool list_window(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
+                          int rows, const Phase& x, const BlockKernels<T>& kernels, WindowRows& window) {
+    const int64_t taps = kernels.taps, apart = kernels.stride;
+    if (!kernels.windows[0].edge[1] || plan.parts > 1 || z.taps != 1 || y.taps != taps || x.taps != taps ||
+        y.apart != apart || x.apart != apart)
+      return false;
+    const auto& size = plan.c.source();
+    const int64_t *k = plan.c.window.taps, d = z.in_first + n_z * z.in_step;
+    window.inside = 0;
+    for (int64_t q = 0; q < taps + (rows - 1) * apart; ++q) {
+      const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
+      const bool inside = d >= 0 && d < size[0] && h >= 0 && h < size[1];
+      window.x[q] = inside ? in.row(0, d, h) : 0;
+      window.inside |= uint64_t{inside} << q;
+    }
+    window.first_tap = ((z.tap_first * k[1] + y.tap_first) * k[2] + x.tap_first) * kL;
+    window.tap_row = k[2] * kL;
+    return true;
+  }
+
   // The segments of those rows, in groups of up to kChain taps; returns the number of groups.
   static int64_t list_segments(const InputRow* rows, int64_t row_count, const Phase& x, int64_t x_step, int64_t width,
                                const BlockKernels<T>& kernels, Segment* segment, SegmentGroup* group) {
@@ -287,23 +308,35 @@ struct Rows {
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
       row.ahead_count = in.direct ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
-      const int64_t input_count = list_rows(plan, in, z, n_z, y, n, count, inputs);
+      int64_t input_count = -1;
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
         const Phase x = plan.c.phase(2, i);
         if (x.count == 0) break;  // and in all that follow
         const int64_t step = x.tap_step * in.column();
         const BlockKernels<T>& kernels = kernels_for(x);
-        row.group_count = list_segments(inputs, input_count, x, step, width, kernels, segments, groups);
         row.x = in.at(x.in_first * in.column());
         row.y = to + x.out_first * column;
         row.x_pixel = x.in_step * in.column();
         row.x_step = kernels.stride == x.apart ? step : row.x_pixel;
         row.y_pixel = x.out_step * column;
-        const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(width - x.in_first, x.tap_step);
-        kernels.run(row, count, ceil_of(first - x.out_first, x.out_step),
-                    min64(x.count, ceil_of(last - x.out_first, x.out_step)), ceil_of(low, x.apart),
-                    floor_of(high - x.taps, x.apart) + 1);
+        const int64_t begin = ceil_of(first - x.out_first, x.out_step);
+        const int64_t end = min64(x.count, ceil_of(last - x.out_first, x.out_step));
+        WindowRows& window = row.window;
+        window.low = ceil_of(-x.in_first, x.tap_step);
+        window.high = ceil_of(width - x.in_first, x.tap_step);
+        const int64_t inside_first = ceil_of(window.low, x.apart);
+        const int64_t inside_last = floor_of(window.high - x.taps, x.apart) + 1;
+        // Of the columns that a block reads, none but the first and the last may lie outside.
+        const bool narrow = window.low - begin * x.apart <= 1 && (end - 1) * x.apart + x.taps - window.high <= 1;
+        if (narrow && list_window(plan, in, z, n_z, y, n, count, x, kernels, window)) {
+          const bool whole = window.inside + 1 == uint64_t{1} << (x.taps + (count - 1) * x.apart);
+          kernels.run(kernels.windows[count - 1], row, begin, end, whole ? inside_first : end, inside_last);
+          continue;
+        }
+        if (input_count < 0) input_count = list_rows(plan, in, z, n_z, y, n, count, inputs);
+        row.group_count = list_segments(inputs, input_count, x, step, width, kernels, segments, groups);
+        kernels.run(kernels.rows[count - 1], row, begin, end, inside_first, inside_last);
       }
     }
   };

@@ -32,6 +32,16 @@ struct SegmentGroup {
   const Segment* end[3][2];
 };
 
+// The rows of the input that the windows of one output row or two meet, where window kernels serve them: the same as the
+// segments say, row by row.
+struct WindowRows {
+  static constexpr int kMost = 5;  // rows of taps + stride
+  int64_t x[kMost];
+  uint64_t inside;                    // a bit for each row that lies in the tensor
+  int64_t first_tap, tap_row;         // of the weights: tap (0, 0), and from a row of taps to the next
+  int64_t low, high;                  // as in Segment
+};
+
 // The first channel of a block: the last block ends with the last channel, where there are that many.
 template <class T>
 DSCONV_INLINE int64_t block_channel(int64_t next, int64_t channels) {
@@ -58,6 +68,7 @@ struct BlockRow {
   const int64_t* ahead;  // rows that the next outputs will read and these do not
   int64_t ahead_count;
   T* total;  // scratch: the sums of the groups so far, where there are several
+  WindowRows window;
 };
 
 // Which of the columns from `column` on lie in [low, high): a bit for each of the first 63.
@@ -80,6 +91,16 @@ DSCONV_INLINE bool is_inside(uint64_t inside) {
 #endif
 }
 
+// Loads the vector in column `column` of those that begin at x.
+template <class S, int column, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_column(const S* x, int64_t x_step) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load_once(x + column * x_step);
+  } else {
+    return load_wide<S>(x + column * x_step);
+  }
+}
+
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
 template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
@@ -91,12 +112,7 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !is_inside<column>(inside)) return;
-    Vec<T> value;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      value = load_once(x + column * x_step);
-    } else {
-      value = load_wide<S>(x + column * x_step);
-    }
+    const Vec<T> value = load_column<S, column>(x, x_step);
     unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
       constexpr int offset = column - t, pixel = offset / kStride;
       if constexpr (offset >= 0 && offset % kStride == 0 && pixel < kPixels) {
@@ -198,6 +214,77 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   }
 }
 
+// The same as row_block for windows of kTaps x kTaps whose blocks have no columns outside the tensor, or but the first and
+// the last (kEdge): without lists, each weight is loaded once. The sums are the same to the bit.
+template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
+  constexpr int kL = kLanes<T>, kCount = kRows * kPixels, kIn = kTaps + (kRows - 1) * kStride;
+  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+  const int64_t x_step = row.x_step, channels = row.channels, last = row.last, weight_block = row.weight_block;
+  const int64_t ahead_count = row.ahead_count, tap_row = row.window.tap_row;
+  const uint64_t rows_inside = row.window.inside;
+  const Activation activation = row.activation.kind;
+  for (; runs > 0; --runs, pixel += kPixels) {
+    const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
+    T* y = static_cast<T*>(row.y) + pixel * row.y_pixel;
+    int64_t y_row = row.y_row, y_pixel = row.y_pixel;
+    if (row.staged) {
+      y_pixel = last - block_channel<T>(row.first, channels);
+      y_row = kPixels * y_pixel;
+      y = row.staged - block_channel<T>(row.first, channels);
+    }
+    const bool streamed = kVectorBytes == kBlockBytes && row.streamed && !row.staged;
+    const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
+    const S* x[kIn];
+    unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = columns + row.window.x[q]; });
+    const T* weights = row.weights + row.first / kL * weight_block + row.window.first_tap;
+    for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
+      const int64_t c = block_channel<T>(next, channels);
+      for (int64_t i = 0; i < ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
+        const S* ahead = columns + row.ahead[i] + c;
+        unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
+          __builtin_prefetch(ahead + column * x_step, 0, 2);
+        });
+      }
+      Vec<T> acc[kCount], w[kTaps][kTaps];
+      const Vec<T> bias = load(row.bias + c);
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
+      unroll<kIn>([&]<int q>() __attribute__((always_inline)) {
+        if constexpr (q < kTaps) {
+          unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+            w[q][t] = load_once(weights + q * tap_row + t * kL);
+          });
+        }
+        if (kEdge && !is_inside<q>(rows_inside)) return;
+        const S* at = x[q] + c;
+        unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
+          if (kEdge && (column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
+          const Vec<T> value = load_column<S, column>(at, x_step);
+          unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+            constexpr int offset = column - t, p = offset / kStride;
+            if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) {
+              if constexpr (q < kTaps) acc[p] += value * w[q][t];
+              if constexpr (kRows == 2 && q >= kStride) acc[kPixels + p] += value * w[q - kStride][t];
+            }
+          });
+        });
+      });
+      if (activation != Activation::none) activate_vectors<kCount, T>(row.activation, acc);
+      const auto write = [&](auto put) __attribute__((always_inline)) {
+        unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+          put(y + c + i / kPixels * y_row + i % kPixels * y_pixel, acc[i]);
+        });
+      };
+      if (streamed) {
+        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
+      } else {
+        write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
+      }
+    }
+    if (row.staged) row.put(row, pixel, kRows, kPixels);
+  }
+}
+
 // The block kernels of one number of taps and one stride, by output rows and pixels.
 template <class T>
 struct BlockKernels {
@@ -206,7 +293,10 @@ struct BlockKernels {
   static constexpr int kWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kLong = 2 * kWide;
   int taps, stride;
   bool exact;  // only for rows that `taps` divides
-  Block edge[2][kLong + 1], inner[2][kLong + 1];
+  struct Blocks {
+    Block edge[kLong + 1], inner[kLong + 1];
+  };
+  Blocks rows[2], windows[2];  // for one output row and two; windows of taps x taps, if there are kernels for them
 
   template <class S, int kTaps, int kStride>
   static constexpr BlockKernels make() {
@@ -214,27 +304,31 @@ struct BlockKernels {
     set_rows<S, kTaps, kStride, 1>(k);
     set_rows<S, kTaps, kStride, 2>(k);
     if constexpr (kStride == 1) {
-      k.edge[0][kLong] = row_block<S, kTaps, kStride, 1, kLong, true>;
-      k.inner[0][kLong] = row_block<S, kTaps, kStride, 1, kLong, false>;
+      k.rows[0].edge[kLong] = row_block<S, kTaps, kStride, 1, kLong, true>;
+      k.rows[0].inner[kLong] = row_block<S, kTaps, kStride, 1, kLong, false>;
     }
     return k;
   }
   template <class S, int kTaps, int kStride, int kRows>
   static constexpr void set_rows(BlockKernels& k) {
+    Blocks &blocks = k.rows[kRows - 1], &windows = k.windows[kRows - 1];
     unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
       constexpr int kPixels = i + 1;
       // The others may reach back over finished pixels or do with singles.
-      if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1)
-        k.edge[kRows - 1][kPixels] = row_block<S, kTaps, kStride, kRows, kPixels, true>;
+      if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1) {
+        blocks.edge[kPixels] = row_block<S, kTaps, kStride, kRows, kPixels, true>;
+        if constexpr (kTaps == 3) windows.edge[kPixels] = window_block<S, kTaps, kStride, kRows, kPixels, true>;
+      }
     });
     if constexpr (kRows == 2 || kStride > 1)
-      k.inner[kRows - 1][kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
+      blocks.inner[kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
+    if constexpr (kTaps == 3) windows.inner[kWide] = window_block<S, kTaps, kStride, kRows, kWide, false>;
   }
 
   // Computes outputs [begin, end), of which [inside_first, inside_last) read no padding.
-  void run(const BlockRow<T>& row, int rows, int64_t begin, int64_t end, int64_t inside_first,
-           int64_t inside_last) const {
-    const auto &at_edge = edge[rows - 1], &inside = inner[rows - 1];
+  static void run(const Blocks& blocks, const BlockRow<T>& row, int64_t begin, int64_t end, int64_t inside_first,
+                  int64_t inside_last) {
+    const auto &at_edge = blocks.edge, &inside = blocks.inner;
     for (int64_t pixel = begin; pixel < end;) {
       const int64_t size = block_size(at_edge, end - begin, end - pixel), first = min64(pixel, end - size);
       const int64_t runs = first >= inside_first && inside[size] ? (min64(inside_last, end) - first) / size : 0;
