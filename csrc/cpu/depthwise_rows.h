@@ -193,11 +193,11 @@ struct Rows {
   static bool list_window(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
                           int rows, const Phase& x, const BlockKernels<T>& kernels, WindowRows& window) {
     const int64_t taps = kernels.taps, apart = kernels.stride;
-    if (!kernels.windows[0].edge[1] || plan.parts > 1 || z.taps != 1 || y.taps != taps || x.taps != taps ||
-        y.apart != apart || x.apart != apart)
+    const auto &size = plan.c.source(), &k = plan.c.window.taps;
+    if (!kernels.windows[0].edge[1] || plan.parts > 1 || k[0] != 1 || k[1] != taps || k[2] != taps || y.taps != taps ||
+        x.taps != taps || y.apart != apart || x.apart != apart)
       return false;
-    const auto& size = plan.c.source();
-    const int64_t *k = plan.c.window.taps, d = z.in_first + n_z * z.in_step;
+    const int64_t d = z.in_first + n_z * z.in_step;
     window.inside = 0;
     for (int64_t q = 0; q < taps + (rows - 1) * apart; ++q) {
       const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
@@ -205,8 +205,6 @@ struct Rows {
       window.x[q] = inside ? in.row(0, d, h) : 0;
       window.inside |= uint64_t{inside} << q;
     }
-    window.first_tap = ((z.tap_first * k[1] + y.tap_first) * k[2] + x.tap_first) * kL;
-    window.tap_row = k[2] * kL;
     return true;
   }
 

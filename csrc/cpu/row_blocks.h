@@ -38,7 +38,6 @@ struct WindowRows {
   static constexpr int kMost = 5;  // rows of taps + stride
   int64_t x[kMost];
   uint64_t inside;                    // a bit for each row that lies in the tensor
-  int64_t first_tap, tap_row;         // of the weights: tap (0, 0), and from a row of taps to the next
   int64_t low, high;                  // as in Segment
 };
 
@@ -91,14 +90,28 @@ DSCONV_INLINE bool is_inside(uint64_t inside) {
 #endif
 }
 
-// Loads the vector in column `column` of those that begin at x.
-template <class S, int column, class T = Compute<S>>
-DSCONV_INLINE Vec<T> load_column(const S* x, int64_t x_step) {
+// Loads a vector of channels at x.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_channels(const S* x) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    return load_once(x + column * x_step);
+    return load_once(x);
   } else {
-    return load_wide<S>(x + column * x_step);
+    return load_wide<S>(x);
   }
+}
+
+// Loads the channels `times` steps (0, 1 or 2) of `step` bytes after x by one instruction: compilers would rather have a
+// pointer for every column.
+template <class S, int times, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_steps(const char* x, int64_t step) {
+#if defined(__AVX__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  if constexpr (sizeof(S) == sizeof(T) && times > 0) {
+    Vec<T> v;
+    asm("vmovups (%1,%2,%c3), %0" : "=v"(v) : "r"(x), "r"(step), "i"(times), "m"(*reinterpret_cast<const char(*)[]>(x)));
+    return v;
+  }
+#endif
+  return load_channels(reinterpret_cast<const S*>(x + times * step));
 }
 
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
@@ -112,7 +125,7 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !is_inside<column>(inside)) return;
-    const Vec<T> value = load_column<S, column>(x, x_step);
+    const Vec<T> value = load_channels(x + column * x_step);
     unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
       constexpr int offset = column - t, pixel = offset / kStride;
       if constexpr (offset >= 0 && offset % kStride == 0 && pixel < kPixels) {
@@ -221,7 +234,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels, kIn = kTaps + (kRows - 1) * kStride;
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   const int64_t x_step = row.x_step, channels = row.channels, last = row.last, weight_block = row.weight_block;
-  const int64_t ahead_count = row.ahead_count, tap_row = row.window.tap_row;
+  const int64_t ahead_count = row.ahead_count, step = x_step * static_cast<int64_t>(sizeof(S));
   const uint64_t rows_inside = row.window.inside;
   const Activation activation = row.activation.kind;
   for (; runs > 0; --runs, pixel += kPixels) {
@@ -236,8 +249,8 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     const bool streamed = kVectorBytes == kBlockBytes && row.streamed && !row.staged;
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const S* x[kIn];
-    unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = columns + row.window.x[q]; });
-    const T* weights = row.weights + row.first / kL * weight_block + row.window.first_tap;
+    unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = keep(columns + row.window.x[q]); });
+    const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
       const int64_t c = block_channel<T>(next, channels);
       for (int64_t i = 0; i < ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
@@ -252,14 +265,16 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       unroll<kIn>([&]<int q>() __attribute__((always_inline)) {
         if constexpr (q < kTaps) {
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-            w[q][t] = load_once(weights + q * tap_row + t * kL);
+            w[q][t] = load_once(weights + (q * kTaps + t) * kL);
           });
         }
         if (kEdge && !is_inside<q>(rows_inside)) return;
-        const S* at = x[q] + c;
+        const char* at[kColumns / 3 + 1];
+        at[0] = reinterpret_cast<const char*>(x[q] + c);
         unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
+          if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
           if (kEdge && (column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
-          const Vec<T> value = load_column<S, column>(at, x_step);
+          const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
             constexpr int offset = column - t, p = offset / kStride;
             if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) {

@@ -69,6 +69,13 @@ DSCONV_INLINE Vec<T> load_once(const T* p) {
 #endif
 }
 
+// A pointer that the compiler takes as it is: else it would add up its parts again at every use.
+template <class T>
+DSCONV_INLINE T* keep(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // Storage types. Half types are carried as bits; Compute is what kernels accumulate in.
 struct BFloat16 {
   uint16_t bits;
