@@ -64,16 +64,15 @@ struct Rows {
     RowStage<S> in;
     Delivery delivery;
     bool streamed;
+    bool fetches;  // rows ahead: where the cache is near, that costs more than it saves
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
   }
   static Plan plan_of(const DepthwiseProblem& p) {
     const View& to = kTransposed ? p.grad_x : p.y;
-    constexpr int64_t kBytes = sizeof(S);
     const ChannelMap map = output_map(p);
-    const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, map.count, p.window.out);
-    const bool streamed = kStreams && elements * kBytes > kStreamedBytes;
+    const bool streamed = kStreams && is_large<S>(p);
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1);
     if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed);
     const bool whole_lines = kVectorBytes == kBlockBytes && has_whole_lines<S>(to, map.count);
@@ -87,6 +86,7 @@ struct Rows {
     plan.channels = output_map(p).count;
     plan.delivery = delivery;
     plan.streamed = streamed;
+    plan.fetches = is_large<S>(p);
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps) * plan.parts;
 
@@ -100,6 +100,11 @@ struct Rows {
     in.planes = min64(ceil_div(source[0], z.tap_step), w.taps[0]);
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
+    // Rows that several rows of outputs meet are worth a copy where they crowd the cache and the copy does not.
+    const bool crowded = in.direct && is_crowded<S>(in.view, y.apart) && !plan.fetches && w.taps[1] > 1 &&
+                         plan.c.phases(1) == 1 &&
+                         in.planes * in.rows * source[2] * kBlockBytes <= kCrowdedRingBytes;
+    if (crowded) in.direct = false;
 
     plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
     plan.group = 1;
@@ -107,8 +112,8 @@ struct Rows {
       plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
-    const int64_t fit = column == 0 ? plan.blocks : kRingBytes / (column * kL * static_cast<int64_t>(sizeof(T)));
-    const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;  // half types: a cache line of channels
+    const int64_t ring = crowded ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
+    const int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = ceil_div(plan.blocks, plan.chunks) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
@@ -305,7 +310,7 @@ struct Rows {
                  int64_t row_step, int64_t column) {
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
-      row.ahead_count = in.direct ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
+      row.ahead_count = in.direct && plan.fetches ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
       int64_t input_count = -1;
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {

@@ -21,6 +21,7 @@ struct RowsGradWeight {
     Correlation c;
     int64_t channels, blocks, taps, rows, slabs, chunk, chunks, run;
     RowStage<S> x, grad;
+    bool fetches;  // the next rows
   };
   static Plan plan_of(const DepthwiseProblem& p) {
     Plan plan{};
@@ -29,6 +30,7 @@ struct RowsGradWeight {
     plan.channels = p.channels * p.multiplier;
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps);
+    plan.fetches = is_large<S>(p);
     plan.rows = p.batch * w.out[0] * w.out[1];
     plan.x.view = p.x;
     plan.x.map = {plan.channels, 1, p.multiplier};
@@ -149,7 +151,7 @@ struct RowsGradWeight {
     grad.begin(image, base);
     row.x = static_cast<const T*>(in.at(0));
     const T* gradients = static_cast<const T*>(grad.at(grad.row(0, d, h)));
-    const bool more = h + 1 < w.out[1];
+    const bool more = plan.fetches && h + 1 < w.out[1];
     const int64_t ahead_count = more && in.direct ? list_ahead(w, in, d, h + 1, ahead) : 0;
     row.ahead = ahead;
     for (int64_t i = 0; i < plan.c.phases(2); ++i) {

@@ -16,6 +16,20 @@ struct ChannelMap {
 // Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+template <class S>
+static bool is_large(const DepthwiseProblem& p) {
+  const int64_t channels = p.channels * p.multiplier;
+  const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, channels, p.window.out);
+  return elements * static_cast<int64_t>(sizeof(S)) > kStreamedBytes;
+}
+
+// Do columns of channels crowd a few sets of an L1, so that a cache line that vectors read in parts is gone after the first?
+// `stride` rows of the input to one of outputs: the more, the less a copy saves.
+template <class S>
+DSCONV_INLINE bool is_crowded(const View& v, int64_t stride) {
+  return kVectorBytes < kBlockBytes && v.stride[4] * static_cast<int64_t>(sizeof(S)) % (stride == 1 ? 2048 : 4096) == 0;
+}
+
 // Does every column of `channels` neighbours begin and end with a cache line?
 template <class S>
 DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
@@ -181,6 +195,7 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
 }
 
 constexpr int64_t kRingBytes = 96 << 10;  // of the rows in use: with the outputs they stay in an L2 of 256 KiB
+constexpr int64_t kCrowdedRingBytes = 40 << 10;  // near L1, which is what the copy is for
 
 // The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in
 // use.
