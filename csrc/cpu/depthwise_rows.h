@@ -86,7 +86,6 @@ struct Rows {
     plan.channels = output_map(p).count;
     plan.delivery = delivery;
     plan.streamed = streamed;
-    plan.fetches = is_large<S>(p);
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps) * plan.parts;
 
@@ -100,6 +99,7 @@ struct Rows {
     in.planes = min64(ceil_div(source[0], z.tap_step), w.taps[0]);
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
+    plan.fetches = in.direct && is_large<S>(p) && in.view.stride[4] == plan.channels;
     // Rows that several rows of outputs meet are worth a copy where they crowd the cache and the copy does not.
     const bool crowded = in.direct && is_crowded<S>(in.view, y.apart) && !plan.fetches && w.taps[1] > 1 &&
                          plan.c.phases(1) == 1 &&
@@ -310,7 +310,7 @@ struct Rows {
                  int64_t row_step, int64_t column) {
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
-      row.ahead_count = in.direct && plan.fetches ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
+      row.ahead_count = plan.fetches ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
       int64_t input_count = -1;
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
@@ -320,6 +320,7 @@ struct Rows {
         const BlockKernels<T>& kernels = kernels_for(x);
         row.x = in.at(x.in_first * in.column());
         row.y = to + x.out_first * column;
+        row.fetch = in.at(i * x.count * x.apart * in.column());  // each phase its share
         row.x_pixel = x.in_step * in.column();
         row.x_step = kernels.stride == x.apart ? step : row.x_pixel;
         row.y_pixel = x.out_step * column;

@@ -64,6 +64,7 @@ struct BlockRow {
   bool streamed;  // the outputs go past the caches
   T* staged;      // null, or where a block leaves its outputs, [row][pixel][channels in work], for `put` to move on
   void (*put)(const BlockRow&, int64_t pixel, int rows, int pixels);
+  const void* fetch;     // channel 0 of the column, in row 0 of the image, where fetching begins
   const int64_t* ahead;  // rows that the next outputs will read and these do not
   int64_t ahead_count;
   T* total;  // scratch: the sums of the groups so far, where there are several
@@ -147,6 +148,19 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
   return end;
 }
 
+// Fetches a share of the rows ahead: while a block that reads kColumns new columns, from `column` on, walks along its
+// channels, the same number of columns, in the order of their addresses. (Prefetchers follow no other.)
+template <class S, int kColumns, class T>
+DSCONV_INLINE void fetch_ahead(const BlockRow<T>& row, int64_t column, int64_t channel) {
+  if (channel * sizeof(S) % kBlockBytes != 0) return;
+  const S* const from = static_cast<const S*>(row.fetch) + column * row.channels + channel * kColumns;
+  for (int64_t i = 0; i < row.ahead_count; ++i) {
+    unroll<kColumns>([&]<int line>() __attribute__((always_inline)) {
+      __builtin_prefetch(from + row.ahead[i] + line * (kBlockBytes / sizeof(S)), 0, 2);
+    });
+  }
+}
+
 // Kernels of 5 and 7 taps, and of one, also take single taps; the others serve rows that they divide. (Each doubles the
 // code.)
 template <int kTaps>
@@ -179,11 +193,7 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
       const int64_t c = block_channel<T>(next, channels);
       const S* x = columns + c;
-      for (int64_t i = 0; i < ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
-        unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
-          __builtin_prefetch(x + row.ahead[i] + column * x_step, 0, 2);
-        });
-      }
+      if (ahead_count > 0) fetch_ahead<S, kPixels * kStride>(row, pixel * kStride, next);
       Vec<T> acc[kCount];
       const Vec<T> bias = load(all_bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
@@ -253,12 +263,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
       const int64_t c = block_channel<T>(next, channels);
-      for (int64_t i = 0; i < ahead_count && next * sizeof(S) % kBlockBytes == 0; ++i) {
-        const S* ahead = columns + row.ahead[i] + c;
-        unroll<kPixels * kStride>([&]<int column>() __attribute__((always_inline)) {
-          __builtin_prefetch(ahead + column * x_step, 0, 2);
-        });
-      }
+      if (ahead_count > 0) fetch_ahead<S, kPixels * kStride>(row, pixel * kStride, next);
       Vec<T> acc[kCount], w[kTaps][kTaps];
       const Vec<T> bias = load(row.bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
