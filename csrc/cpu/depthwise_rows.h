@@ -35,6 +35,8 @@ enum class Delivery { direct, staged, rows };
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
 constexpr int64_t kRunBytes = 1024;
 
+constexpr int64_t kRowAheadBytes = 32 << 10;  // how far ahead to fetch where there is one row
+
 // Moves the outputs of a block on (BlockRow::put).
 template <class S, class T = Compute<S>>
 static void put_block(const BlockRow<T>& row, int64_t pixel, int rows, int pixels) {
@@ -181,6 +183,10 @@ struct Rows {
   static int64_t list_ahead(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
                             int64_t* list) {
     int64_t count = 0;
+    if (plan.c.source()[1] == 1) {  // a sequence: what lies ahead in the row
+      list[0] = ceil_div(kRowAheadBytes, in.column() * static_cast<int64_t>(sizeof(S))) * in.column();
+      return 1;
+    }
     if (n >= y.count) return 0;
     for (int64_t u = 0; u < z.taps; ++u) {
       const int64_t d = z.in_first + n_z * z.in_step + u * z.tap_step;
