@@ -65,7 +65,7 @@ struct Rows {
     int64_t rows, segments, groups;  // at most, for a pair
     RowStage<S> in;
     Delivery delivery;
-    bool streamed;
+    bool streamed, by_lines;
     bool fetches;  // rows ahead: where the cache is near, that costs more than it saves
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
@@ -102,11 +102,13 @@ struct Rows {
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
     plan.fetches = in.direct && is_large<S>(p) && in.view.stride[4] == plan.channels;
-    // Rows that several rows of outputs meet are worth a copy where they crowd the cache and the copy does not.
-    const bool crowded = in.direct && is_crowded<S>(in.view, y.apart) && !plan.fetches && w.taps[1] > 1 &&
-                         plan.c.phases(1) == 1 &&
-                         in.planes * in.rows * source[2] * kBlockBytes <= kCrowdedRingBytes;
-    if (crowded) in.direct = false;
+    // Where rows crowd the cache, those that several rows of outputs meet are copied, if the copy does not crowd it too, and
+    // others are read by whole lines.
+    const bool crowded = kHasLines<S> && in.direct && is_crowded<S>(in.view);
+    const bool copied = crowded && !plan.fetches && w.taps[1] > 1 && plan.c.phases(1) == 1 && y.apart == 1 &&
+                        in.planes * in.rows * source[2] * kBlockBytes <= kCrowdedRingBytes;
+    if (copied) in.direct = false;
+    plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 
     plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
     plan.group = 1;
@@ -114,7 +116,7 @@ struct Rows {
       plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
-    const int64_t ring = crowded ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
+    const int64_t ring = copied ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
     const int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = ceil_div(plan.blocks, plan.chunks) * kL;
@@ -200,23 +202,26 @@ struct Rows {
     return count;
   }
 
-  // Lists the rows as those of a window of kernels.taps x kernels.taps; false if it is none or has no kernels.
+  // Are there kernels for the window, which is that of the convolution or one that a phase has of the same size?
+  static bool has_windows(const Plan& plan, const Phase& z, const Phase& y, const Phase& x,
+                          const BlockKernels<T>& kernels) {
+    const int64_t *k = plan.c.window.taps, taps = kernels.taps, apart = kernels.stride;
+    return kernels.windows[0].edge[1] && plan.parts == 1 && z.taps == 1 && k[0] == 1 && k[1] == taps && k[2] == taps &&
+           y.taps == taps && x.taps == taps && y.apart == apart && x.apart == apart;
+  }
+  // Lists the rows of such a window; do all lie in the tensor?
   static bool list_window(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
-                          int rows, const Phase& x, const BlockKernels<T>& kernels, WindowRows& window) {
-    const int64_t taps = kernels.taps, apart = kernels.stride;
-    const auto &size = plan.c.source(), &k = plan.c.window.taps;
-    if (!kernels.windows[0].edge[1] || plan.parts > 1 || k[0] != 1 || k[1] != taps || k[2] != taps || y.taps != taps ||
-        x.taps != taps || y.apart != apart || x.apart != apart)
-      return false;
-    const int64_t d = z.in_first + n_z * z.in_step;
+                          int rows, WindowRows& window) {
+    const auto& size = plan.c.source();
+    const int64_t d = z.in_first + n_z * z.in_step, count = y.taps + (rows - 1) * y.apart;
     window.inside = 0;
-    for (int64_t q = 0; q < taps + (rows - 1) * apart; ++q) {
+    for (int64_t q = 0; q < count; ++q) {
       const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
       const bool inside = d >= 0 && d < size[0] && h >= 0 && h < size[1];
       window.x[q] = inside ? in.row(0, d, h) : 0;
       window.inside |= uint64_t{inside} << q;
     }
-    return true;
+    return window.inside + 1 == uint64_t{1} << count;
   }
 
   // The segments of those rows, in groups of up to kChain taps; returns the number of groups.
@@ -339,9 +344,14 @@ struct Rows {
         const int64_t inside_last = floor_of(window.high - x.taps, x.apart) + 1;
         // Of the columns that a block reads, none but the first and the last may lie outside.
         const bool narrow = window.low - begin * x.apart <= 1 && (end - 1) * x.apart + x.taps - window.high <= 1;
-        if (narrow && list_window(plan, in, z, n_z, y, n, count, x, kernels, window)) {
-          const bool whole = window.inside + 1 == uint64_t{1} << (x.taps + (count - 1) * x.apart);
-          kernels.run(kernels.windows[count - 1], row, begin, end, whole ? inside_first : end, inside_last);
+        if (narrow && has_windows(plan, z, y, x, kernels)) {
+          const int together = plan.by_lines ? 1 : count;
+          for (int r = 0; r < count; r += together) {
+            const bool whole = list_window(plan, in, z, n_z, y, n + r, together, window);
+            const auto& blocks = plan.by_lines ? kernels.lines : kernels.windows[together - 1];
+            kernels.run(blocks, row, begin, end, whole ? inside_first : end, inside_last);
+            row.y = static_cast<Output*>(row.y) + row_step;
+          }
           continue;
         }
         if (input_count < 0) input_count = list_rows(plan, in, z, n_z, y, n, count, inputs);

@@ -238,13 +238,14 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
 }
 
 // The same as row_block for windows of kTaps x kTaps whose blocks have no columns outside the tensor, or but the first and
-// the last (kEdge): without lists, each weight is loaded once. The sums are the same to the bit.
-template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
+// the last (kEdge): without lists, each weight is loaded once. kVectors of channels at a time. The sums are the same to the
+// bit.
+template <class S, int kTaps, int kStride, int kRows, int kPixels, int kVectors, bool kEdge, class T = Compute<S>>
 static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels, kIn = kTaps + (kRows - 1) * kStride;
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
-  const int64_t x_step = row.x_step, channels = row.channels, last = row.last, weight_block = row.weight_block;
-  const int64_t ahead_count = row.ahead_count, step = x_step * static_cast<int64_t>(sizeof(S));
+  const int64_t channels = row.channels, last = row.last, weight_block = row.weight_block;
+  const int64_t ahead_count = row.ahead_count, step = row.x_step * static_cast<int64_t>(sizeof(S));
   const uint64_t rows_inside = row.window.inside;
   const Activation activation = row.activation.kind;
   for (; runs > 0; --runs, pixel += kPixels) {
@@ -261,21 +262,25 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
     const S* x[kIn];
     unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = keep(columns + row.window.x[q]); });
     const T* weights = row.weights + row.first / kL * weight_block;
-    for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
+    for (int64_t next = row.first; next < last; next += kVectors * kL, weights += kVectors * weight_block) {
       const int64_t c = block_channel<T>(next, channels);
       if (ahead_count > 0) fetch_ahead<S, kPixels * kStride>(row, pixel * kStride, next);
-      Vec<T> acc[kCount], w[kTaps][kTaps];
-      const Vec<T> bias = load(row.bias + c);
-      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
-      unroll<kIn>([&]<int q>() __attribute__((always_inline)) {
+      Vec<T> acc[kVectors * kCount], w[kTaps][kTaps];
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        const Vec<T> bias = load(row.bias + c + v * kL);
+        unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[v * kCount + i] = bias; });
+      });
+      unroll<kIn * kVectors>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int q = i / kVectors, v = i % kVectors;
         if constexpr (q < kTaps) {
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-            w[q][t] = load_once(weights + (q * kTaps + t) * kL);
+            w[q][t] = load_once(weights + v * weight_block + (q * kTaps + t) * kL);
           });
         }
         if (kEdge && !is_inside<q>(rows_inside)) return;
+        Vec<T>* const first = acc + v * kCount;
         const char* at[kColumns / 3 + 1];
-        at[0] = reinterpret_cast<const char*>(x[q] + c);
+        at[0] = reinterpret_cast<const char*>(x[q] + c + v * kL);
         unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
           if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
           if (kEdge && (column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
@@ -283,27 +288,32 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
             constexpr int offset = column - t, p = offset / kStride;
             if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) {
-              if constexpr (q < kTaps) acc[p] += value * w[q][t];
-              if constexpr (kRows == 2 && q >= kStride) acc[kPixels + p] += value * w[q - kStride][t];
+              if constexpr (q < kTaps) first[p] += value * w[q][t];
+              if constexpr (kRows == 2 && q >= kStride) first[kPixels + p] += value * w[q - kStride][t];
             }
           });
         });
       });
-      if (activation != Activation::none) activate_vectors<kCount, T>(row.activation, acc);
+      if (activation != Activation::none) activate_vectors<kVectors * kCount, T>(row.activation, acc);
       const auto write = [&](auto put) __attribute__((always_inline)) {
-        unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-          put(y + c + i / kPixels * y_row + i % kPixels * y_pixel, acc[i]);
+        unroll<kVectors * kCount>([&]<int i>() __attribute__((always_inline)) {
+          constexpr int v = i / kCount, r = i % kCount / kPixels, p = i % kPixels;
+          put(y + c + v * kL + r * y_row + p * y_pixel, acc[i]);
         });
       };
       if (streamed) {
-        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
+        write([](T* to, Vec<T> value) __attribute__((always_inline)) { stream_narrow(to, value); });
       } else {
-        write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
+        write([](T* to, Vec<T> value) __attribute__((always_inline)) { store(to, value); });
       }
     }
     if (row.staged) row.put(row, pixel, kRows, kPixels);
   }
 }
+
+// Are there kernels that take a cache line of channels as two vectors?
+template <class S>
+constexpr bool kHasLines = 2 * kVectorBytes == kBlockBytes && sizeof(S) == sizeof(Compute<S>);
 
 // The block kernels of one number of taps and one stride, by output rows and pixels.
 template <class T>
@@ -317,10 +327,11 @@ struct BlockKernels {
     Block edge[kLong + 1], inner[kLong + 1];
   };
   Blocks rows[2], windows[2];  // for one output row and two; windows of taps x taps, if there are kernels for them
+  Blocks lines;                // windows of one row, a cache line of channels at a time; none where a vector is a line
 
   template <class S, int kTaps, int kStride>
   static constexpr BlockKernels make() {
-    BlockKernels k{kTaps, kStride, !kHasSingles<kTaps>, {}, {}};
+    BlockKernels k{kTaps, kStride, !kHasSingles<kTaps>, {}, {}, {}};
     set_rows<S, kTaps, kStride, 1>(k);
     set_rows<S, kTaps, kStride, 2>(k);
     if constexpr (kStride == 1) {
@@ -337,12 +348,16 @@ struct BlockKernels {
       // The others may reach back over finished pixels or do with singles.
       if constexpr (kPixels == 1 || kPixels == kWide / 2 + 1 || kPixels >= kWide - 1) {
         blocks.edge[kPixels] = row_block<S, kTaps, kStride, kRows, kPixels, true>;
-        if constexpr (kTaps == 3) windows.edge[kPixels] = window_block<S, kTaps, kStride, kRows, kPixels, true>;
+        if constexpr (kTaps == 3) windows.edge[kPixels] = window_block<S, kTaps, kStride, kRows, kPixels, 1, true>;
+        if constexpr (kTaps == 3 && kRows == 1 && kHasLines<S>)
+          k.lines.edge[kPixels] = window_block<S, kTaps, kStride, 1, kPixels, 2, true>;
       }
     });
     if constexpr (kRows == 2 || kStride > 1)
       blocks.inner[kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
-    if constexpr (kTaps == 3) windows.inner[kWide] = window_block<S, kTaps, kStride, kRows, kWide, false>;
+    if constexpr (kTaps == 3) windows.inner[kWide] = window_block<S, kTaps, kStride, kRows, kWide, 1, false>;
+    if constexpr (kTaps == 3 && kRows == 1 && kHasLines<S>)
+      k.lines.inner[kWide] = window_block<S, kTaps, kStride, 1, kWide, 2, false>;
   }
 
   // Computes outputs [begin, end), of which [inside_first, inside_last) read no padding.

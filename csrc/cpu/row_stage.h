@@ -23,11 +23,10 @@ static bool is_large(const DepthwiseProblem& p) {
   return elements * static_cast<int64_t>(sizeof(S)) > kStreamedBytes;
 }
 
-// Do columns of channels crowd a few sets of an L1, so that a cache line that vectors read in parts is gone after the first?
-// `stride` rows of the input to one of outputs: the more, the less a copy saves.
+// Do columns of channels crowd a few sets of an L1, so that a cache line is gone before its second vector is read?
 template <class S>
-DSCONV_INLINE bool is_crowded(const View& v, int64_t stride) {
-  return kVectorBytes < kBlockBytes && v.stride[4] * static_cast<int64_t>(sizeof(S)) % (stride == 1 ? 2048 : 4096) == 0;
+DSCONV_INLINE bool is_crowded(const View& v) {
+  return v.stride[4] * static_cast<int64_t>(sizeof(S)) % 2048 == 0;
 }
 
 // Does every column of `channels` neighbours begin and end with a cache line?
