@@ -37,8 +37,8 @@ struct SegmentGroup {
 struct WindowRows {
   static constexpr int kMost = 5;  // rows of taps + stride
   int64_t x[kMost];
-  uint64_t inside;                    // a bit for each row that lies in the tensor
-  int64_t low, high;                  // as in Segment
+  uint64_t inside;    // a bit for each row that lies in the tensor
+  int64_t low, high;  // as in Segment
 };
 
 // The first channel of a block: the last block ends with the last channel, where there are that many.
@@ -108,7 +108,9 @@ DSCONV_INLINE Vec<T> load_steps(const char* x, int64_t step) {
 #if defined(__AVX__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
   if constexpr (sizeof(S) == sizeof(T) && times > 0) {
     Vec<T> v;
-    asm("vmovups (%1,%2,%c3), %0" : "=v"(v) : "r"(x), "r"(step), "i"(times), "m"(*reinterpret_cast<const char(*)[]>(x)));
+    asm("vmovups (%1,%2,%c3), %0"
+        : "=v"(v)
+        : "r"(x), "r"(step), "i"(times), "m"(*reinterpret_cast<const char (*)[]>(x)));
     return v;
   }
 #endif
@@ -353,8 +355,7 @@ struct BlockKernels {
           k.lines.edge[kPixels] = window_block<S, kTaps, kStride, 1, kPixels, 2, true>;
       }
     });
-    if constexpr (kRows == 2 || kStride > 1)
-      blocks.inner[kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
+    if constexpr (kRows == 2 || kStride > 1) blocks.inner[kWide] = row_block<S, kTaps, kStride, kRows, kWide, false>;
     if constexpr (kTaps == 3) windows.inner[kWide] = window_block<S, kTaps, kStride, kRows, kWide, 1, false>;
     if constexpr (kTaps == 3 && kRows == 1 && kHasLines<S>)
       k.lines.inner[kWide] = window_block<S, kTaps, kStride, 1, kWide, 2, false>;

@@ -193,7 +193,7 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
   }
 }
 
-constexpr int64_t kRingBytes = 96 << 10;  // of the rows in use: with the outputs they stay in an L2 of 256 KiB
+constexpr int64_t kRingBytes = 96 << 10;         // of the rows in use: with the outputs they stay in an L2 of 256 KiB
 constexpr int64_t kCrowdedRingBytes = 40 << 10;  // near L1, which is what the copy is for
 
 // The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in
