@@ -190,6 +190,7 @@ struct Planes {
     if (w.in[0] != 1 || w.taps[0] != 1 || w.out[0] != 1) return "three dimensions";
     if (w.taps[1] != w.taps[2] || (w.taps[1] != 3 && w.taps[1] != 5 && w.taps[1] != 7))
       return "taps other than 3x3, 5x5, 7x7";
+    if (product(w.taps) > kChain) return "longer sums than this instruction set keeps in one chain";
     if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && w.dilation[1] % 2 == 0))
       return "strides other than 1 and 2";
     if (kTransposed && (w.stride[1] != 1 || p.multiplier != 1)) return "a gradient of strides or multipliers";
