@@ -30,7 +30,7 @@ CXX_FILES := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -n
 python:
 	@echo "$(PY)"
 
-.PHONY: help python setup build demo test test-all lint format bench wheel gpu-check smoke clean
+.PHONY: help python setup build demo test test-all lint format bench wheel wheel-check gpu-check smoke clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,8 +82,23 @@ format: $(STAMP) ## apply the style
 bench: build ## time the layers of MobileNetV2 (ARGS="run --shapes xception --pass fwd,bwd --json out.json")
 	"$(PY)" -m bench $(or $(ARGS),run --shapes mobilenet_v2)
 
-wheel: $(STAMP) ## build a wheel into dist/
+wheel: $(STAMP) ## build a wheel into dist/, print its size and contents
+	rm -f dist/*.whl
 	"$(PY)" -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	ls -l dist/*.whl
+	"$(PY)" -m zipfile -l dist/*.whl
+
+WHEEL_CHECK := $(CURDIR)/build/wheel-check
+
+wheel-check: wheel ## test the wheel in fresh environments with this torch and with the oldest one
+	rm -rf "$(WHEEL_CHECK)"
+	mkdir -p "$(WHEEL_CHECK)"
+	cp -r tests pyproject.toml "$(WHEEL_CHECK)"
+	for what in "$(TORCH) test,demo" "$(TORCH_OLDEST) test"; do \
+	    $(PYTHON) -m venv --clear "$(WHEEL_CHECK)/venv"; \
+	    "$(WHEEL_CHECK)/venv/bin/python" -m pip install $${what% *} "$$(echo dist/*.whl)[$${what##* }]"; \
+	    (cd "$(WHEEL_CHECK)" && env -u PYTHONPATH venv/bin/python -m pytest -q -n auto tests); \
+	done
 
 gpu-check: build ## run the GPU tests, write build/gpu-report.txt
 	@"$(PY)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

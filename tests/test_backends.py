@@ -135,9 +135,9 @@ def test_a_damaged_library_is_reported(python, tmp_path):
     """A file that is no library gives the composition and a sentence with the cause, no traceback."""
     import shutil
 
-    from conftest import ROOT
+    from conftest import PACKAGE
 
-    shutil.copytree(ROOT / "dsconv_ext", tmp_path / "dsconv_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "dsconv_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "dsconv_ext" / "_C.abi3.so").write_bytes(b"not a library")
     program = """
 import warnings; warnings.simplefilter("ignore")

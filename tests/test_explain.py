@@ -48,6 +48,7 @@ def test_the_table():
     assert {row["pass"] for row in table if row["target"] == "portable"} == PASSES
 
 
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="an installed package has no sources")
 def test_the_table_is_the_source():
     """The operator lists what kernels.inc lists."""
     listed = re.findall(r"^DSCONV_KERNEL\(\w+, (\w+),", (ROOT / "csrc" / "kernels.inc").read_text(), re.MULTILINE)
