@@ -171,7 +171,8 @@ struct PointwiseGradWeight {
   static TilePlan plan_of(const PointwiseProblem& p) { return plan_tiles(p.size, kChunk); }
   static int64_t slot_bytes() {
     return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
-           2 * piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows);
+           piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows * kPanel<T>) +
+           piece_bytes<double>(kBlockRows);
   }
   static size_t workspace_bytes(const PointwiseProblem&, int threads) { return kBlockBytes + threads * slot_bytes(); }
 
@@ -185,12 +186,12 @@ struct PointwiseGradWeight {
       T* gathered = take<T>(own, kBlockRows * kChunk);
       T* rows = take<T>(own, kBlockRows * kChunk);
       T* chunk = take<T>(own, kBlockRows * kPanel<T>);
-      T* total = take<T>(own, kBlockRows * kPanel<T>);
+      double* total = take<double>(own, kBlockRows * kPanel<T>);  // of as many chunks as there are
       double* bias = take<double>(own, kBlockRows);
       for (; task < end; ++task) {
         const int64_t block = task % blocks, panel = task / blocks, k0 = block * kBlockRows, c0 = panel * kPanel<T>;
         const int64_t count = min64(kBlockRows, p.out_channels - k0), width = min64(kPanel<T>, p.in_channels - c0);
-        memset(total, 0, kBlockRows * kPanel<T> * sizeof(T));
+        memset(total, 0, kBlockRows * kPanel<T> * sizeof(double));
         memset(bias, 0, kBlockRows * sizeof(double));
         for (int64_t piece = 0; piece < p.batch * plan.tiles; ++piece) {
           const int64_t image = piece / plan.tiles;
@@ -212,7 +213,8 @@ struct PointwiseGradWeight {
         for (int64_t k = 0; k < count && p.grad_weight.data; ++k) {
           S* out =
               static_cast<S*>(p.grad_weight.data) + (k0 + k) * p.grad_weight.stride[0] + c0 * p.grad_weight.stride[1];
-          for (int64_t c = 0; c < width; ++c) narrow(total[k * kPanel<T> + c], out + c * p.grad_weight.stride[1]);
+          for (int64_t c = 0; c < width; ++c)
+            narrow(static_cast<T>(total[k * kPanel<T> + c]), out + c * p.grad_weight.stride[1]);
         }
         for (int64_t k = 0; k < count && p.grad_bias.data && panel == 0; ++k) {
           narrow(static_cast<T>(bias[k]), static_cast<S*>(p.grad_bias.data) + (k0 + k) * p.grad_bias.stride[0]);
