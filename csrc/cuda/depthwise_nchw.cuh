@@ -23,6 +23,7 @@ struct NchwParameters {
   int chunks, columns;        // of a tile; a chunk is kRowsOfThread rows of outputs
   int lanes, warps, across;   // lanes of one plane, warps of a chunk, warps across a row of outputs
   int apart;                  // the planes of a warp
+  int slots;                  // for the taps of planes
   int half;                   // stride 2: from the even values of the box to the odd ones
   int box;                    // floats of the box
   DType dtype;
@@ -37,19 +38,23 @@ constexpr int kRowsOf = kTaps == 7 && kStride == 2 ? 7 : 14;
 // choice.
 constexpr int kMostThreads = 512, kThreads = kMostThreads / 2;
 
+// Taps of a plane in shared memory, in whole vectors.
+template <int kTaps>
+constexpr int kTapPitch = (kTaps * kTaps + 3) / 4 * 4;
+
 template <int kTaps, int kStride>
 class NchwBlock {
   static constexpr int kRowsOfThread = kRowsOf<kTaps, kStride>;
 
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
-      : p_(p), box_(shared), taps_(shared + p.box), biases_(taps_ + p.planes * kTaps * kTaps) {
-    int64_t block = blockIdx.x;
-    const int column_tile = static_cast<int>(block % p.column_tiles);
+      : p_(p), taps_(shared), biases_(taps_ + p.slots * kTapPitch<kTaps>), box_(biases_ + p.slots) {
+    int block = blockIdx.x;
+    const int column_tile = block % p.column_tiles;
     block /= p.column_tiles;
-    const int row_tile = static_cast<int>(block % p.row_tiles);
+    const int row_tile = block % p.row_tiles;
     block /= p.row_tiles;
-    channel_ = static_cast<int>(block % p.slabs) * p.planes;
+    channel_ = block % p.slabs * p.planes;
     image_ = block / p.slabs;
     planes_ = p.channels - channel_ < p.planes ? p.channels - channel_ : p.planes;
     row_ = row_tile * p.chunks * kRowsOfThread;
@@ -58,11 +63,11 @@ class NchwBlock {
 
   __device__ void load() {
     for_stream(planes_, 1, kTaps * kTaps, [&](int plane, int, int tap) {
-      taps_[plane * kTaps * kTaps + tap] =
+      taps_[slot_of(plane) * kTapPitch<kTaps> + tap] =
           load_one(p_.dtype, p_.weight, (channel_ + plane) * p_.weight_channel + tap * p_.weight_tap);
     });
     for (int plane = threadIdx.x; plane < planes_; plane += blockDim.x)
-      biases_[plane] = p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f;
+      biases_[slot_of(plane)] = p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f;
     const Clipped rows = rows_of_box(), columns = columns_of_box();
     const int64_t first =
         image_ * p_.x_image + channel_ * p_.in.plane + static_cast<int64_t>(rows.begin) * p_.in.row + columns.begin;
@@ -82,21 +87,27 @@ class NchwBlock {
   __device__ void compute() {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int chunk = warp / p_.warps, in_chunk = warp % p_.warps, plane_warp = in_chunk / p_.across;
-    const int segments = kWarp / p_.lanes;
-    plane_ = plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
-    out_column_ = in_chunk % p_.across * kWarp + lane % p_.lanes;
-    out_row_ = chunk * kRowsOfThread;
-    exists_ = plane_ < planes_ && out_column_ < p_.columns && column_ + out_column_ < p_.out_width;
-    if (!exists_) return;
+    const int segments = kWarp / p_.lanes, slot = plane_warp * segments + lane / p_.lanes;
+    const int plane =
+        plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
+    const int out_column = in_chunk % p_.across * kWarp + lane % p_.lanes, out_row = chunk * kRowsOfThread;
+    const bool exists = plane < planes_ && out_column < p_.columns && column_ + out_column < p_.out_width;
+    rows_ = exists ? p_.out_height - row_ - out_row : 0;
+    if (!exists) return;
+    at_ = plane * p_.out.plane_pitch + out_row * p_.out.row_pitch + out_column;
 #pragma unroll
-    for (float& sum : sums_) sum = biases_[plane_];
-    const int top = (row_ + out_row_) * kStride - p_.pad_row, left = (column_ + out_column_) * kStride - p_.pad_column;
-    const int first = plane_ * p_.in.plane_pitch + (top - rows_of_box().begin) * p_.in.row_pitch + left -
-                      columns_of_box().begin + behind_;
+    for (float& sum : sums_) sum = biases_[slot];
+    const int top = (row_ + out_row) * kStride - p_.pad_row, left = (column_ + out_column) * kStride - p_.pad_column;
+    // Windows that lie beside the map read next to its box.
+    int column = left - columns_of_box().begin;
+    column = column < -kTaps ? -kTaps : column > p_.in.row_pitch ? p_.in.row_pitch : column;
+    const int first =
+        plane * p_.in.plane_pitch + (top - rows_of_box().begin) * p_.in.row_pitch + column + behind_;
+    const float* const taps = taps_ + slot * kTapPitch<kTaps>;
     if (top >= 0 && top + kSpan <= p_.height) {  // the same for all lanes of a warp
-      add<true>(first, top, left);
+      add<true>(taps, first, top, left);
     } else {
-      add<false>(first, top, left);
+      add<false>(taps, first, top, left);
     }
     activate_values(sums_, p_.activation);
   }
@@ -104,13 +115,10 @@ class NchwBlock {
   __device__ void store() {
     const int64_t first =
         image_ * p_.y_image + channel_ * p_.out.plane + static_cast<int64_t>(row_) * p_.out.row + column_;
-    if (exists_) {
-      const int at = plane_ * p_.out.plane_pitch + out_row_ * p_.out.row_pitch + out_column_ +
-                     behind_vector(p_.out, p_.y, first, p_.dtype);
+    float* const to = box_ + at_ + behind_vector(p_.out, p_.y, first, p_.dtype);
 #pragma unroll
-      for (int r = 0; r < kRowsOfThread; ++r) {
-        if (row_ + out_row_ + r < p_.out_height) box_[at + r * p_.out.row_pitch] = sums_[r];
-      }
+    for (int r = 0; r < kRowsOfThread; ++r) {
+      if (r < rows_) to[r * p_.out.row_pitch] = sums_[r];
     }
     __syncthreads();
     const Clipped rows(row_, p_.chunks * kRowsOfThread, p_.out_height), columns(column_, p_.columns, p_.out_width);
@@ -129,6 +137,11 @@ class NchwBlock {
  private:
   static constexpr int kSpan = (kRowsOfThread - 1) * kStride + kTaps;  // rows of inputs of a thread
 
+  // Where the taps of a plane lie: those of the planes of a warp are neighbours, in different banks.
+  __device__ int slot_of(int plane) const {
+    const int segments = kWarp / p_.lanes, group = p_.apart * segments, within = plane % group;
+    return plane - within + within % p_.apart * segments + within / p_.apart;
+  }
   __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
   __device__ Clipped columns_of_box() const { return {column_ * kStride - p_.pad_column, p_.box_width, p_.width}; }
 
@@ -150,69 +163,71 @@ class NchwBlock {
     }
   }
 
-  // A column that a lane reads.
-  struct Column {
-    bool exists;
-    float in;
+  // What a lane does once for all of its rows.
+  struct Lane {
+    float taps[kTapPitch<kTaps>];
+    bool exists[kTaps];                   // of its columns; what is read in the place of others is not used
+    const char* line[kStride][kStride];  // of stride 2: the even and the odd columns, in even and in odd rows
+    int top;
+    int offset = 0, step;  // of the lines, in bytes; opaque, so that all add one uniform register
   };
 
-  // The columns outside the map have neither inputs nor taps: both are zero, whatever the filter holds.
   template <bool kInterior>
-  __device__ void add(int first, int top, int left) {
-    Column columns[kTaps];
-    float taps[kTaps][kTaps];
+  __device__ void add(const float* taps, int first, int top, int left) {
+    Lane lane;
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) {
-      columns[t].exists = static_cast<unsigned>(left + t) < static_cast<unsigned>(p_.width);
-      columns[t].in = 0;
+    for (int i = 0; i < kTapPitch<kTaps>; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(taps + i);
+      lane.taps[i] = four.x;
+      lane.taps[i + 1] = four.y;
+      lane.taps[i + 2] = four.z;
+      lane.taps[i + 3] = four.w;
     }
 #pragma unroll
-    for (int u = 0; u < kTaps; ++u) {
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        const float tap = taps_[(plane_ * kTaps + u) * kTaps + t];
-        taps[u][t] = columns[t].exists ? tap : 0.0f;
-      }
-    }
-    const int step = p_.in.row_pitch * int{sizeof(float)};  // in bytes, or each row would shift it anew
-    // Of stride 2: the even and the odd columns, in even and in odd rows.
-    const float* line[kStride][kStride];
+    for (int t = 0; t < kTaps; ++t) lane.exists[t] = static_cast<unsigned>(left + t) < static_cast<unsigned>(p_.width);
 #pragma unroll
     for (int i = 0; i < kStride; ++i) {
 #pragma unroll
-      for (int t = 0; t < kStride; ++t) line[i][t] = place(first + i * p_.in.row_pitch + t);
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      if (kInterior || static_cast<unsigned>(top + i) < static_cast<unsigned>(p_.height)) {
-        add_row(std::make_integer_sequence<int, kTaps>(), i, line[i % kStride], taps, columns);
-      }
-#pragma unroll
       for (int t = 0; t < kStride; ++t)
-        line[i % kStride][t] =
-            reinterpret_cast<const float*>(reinterpret_cast<const char*>(line[i % kStride][t]) + step);
+        lane.line[i][t] = reinterpret_cast<const char*>(place(first + i * p_.in.row_pitch + t));
     }
+    lane.top = top;
+    lane.step = p_.in.row_pitch * int{sizeof(float)};
+    add_rows<kInterior>(std::make_integer_sequence<int, kSpan>(), lane);
+  }
+  template <bool kInterior, int... i>
+  __device__ __forceinline__ void add_rows(std::integer_sequence<int, i...>, Lane& lane) {
+    (add_row<kInterior, i>(lane), ...);
   }
 
-  // Columns as a pack, not as a loop: each is an instruction also for tests/simt, which tells by it which accesses of
-  // lanes that skip some of them belong together.
-  template <int... t>
-  __device__ __forceinline__ void add_row(std::integer_sequence<int, t...>, int i, const float* const (&line)[kStride],
-                                          const float (&taps)[kTaps][kTaps], Column (&columns)[kTaps]) {
-    ((columns[t].exists ? void(columns[t].in = line[t % kStride][t / kStride]) : void()), ...);
+  // The inputs of row i, and what they add to the rows of outputs that it meets.
+  template <bool kInterior, int i>
+  __device__ __forceinline__ void add_row(Lane& lane) {
+    if (kInterior || static_cast<unsigned>(lane.top + i) < static_cast<unsigned>(p_.height)) {
+      float in[kTaps];
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) {
-      const int u = i - r * kStride;
-      if (u >= 0 && u < kTaps) ((sums_[r] = fmaf(taps[u][t], columns[t].in, sums_[r])), ...);
+      for (int t = 0; t < kTaps; ++t) {
+        const char* const line = lane.line[i % kStride][t % kStride] + lane.offset;
+        in[t] = reinterpret_cast<const float*>(line)[t / kStride];
+      }
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        if (!lane.exists[t]) continue;
+#pragma unroll
+        for (int r = 0; r < kRowsOfThread; ++r) {
+          const int u = i - r * kStride;
+          if (u >= 0 && u < kTaps) sums_[r] = fmaf(lane.taps[u * kTaps + t], in[t], sums_[r]);
+        }
+      }
     }
+    if constexpr (i % kStride == kStride - 1) lane.offset = opaque(lane.offset + lane.step);
   }
 
   const NchwParameters& p_;
-  float *box_, *taps_, *biases_;
-  int channel_, planes_, row_, column_, behind_;
-  int64_t image_;
-  int plane_, out_row_, out_column_;
-  bool exists_;
+  float *taps_, *biases_, *box_;
+  int image_, channel_, planes_, row_, column_;
+  int behind_;    // the box of inputs starts, in its first vector
+  int at_ = 0, rows_;  // the outputs of the lane in their box, and how many rows of them exist
   float sums_[kRowsOfThread];
 };
 
@@ -316,14 +331,16 @@ struct Nchw {
     settle(q.in, all_rows && all_columns);
     settle(q.out, q.row_tiles * q.column_tiles == 1);
     q.warps = static_cast<int>(ceil_div(q.planes, q.apart * segments)) * q.apart * q.across;
-    const int64_t box = q.planes * int64_t{max64(q.in.plane_pitch, q.out.plane_pitch)} + 4;
+    q.slots = static_cast<int>(round_up(q.warps / q.across * segments, 4));
+    // The widest window behind the last column is read too.
+    const int64_t box = q.planes * int64_t{max64(q.in.plane_pitch, q.out.plane_pitch)} + 4 + kTaps;
     q.half = static_cast<int>(round_up(ceil_div(box, 2), 32) + 16);
     q.box = static_cast<int>(kStride == 1 ? round_up(box, 4) : 2 * q.half);
   }
 
   static int smaller(int64_t a, int64_t b) { return static_cast<int>(min64(a, b)); }
   static int64_t shared_bytes(const NchwParameters& q) {
-    return (q.box + q.planes * (kTaps * kTaps + 1)) * int64_t{sizeof(float)};
+    return (q.slots * (kTapPitch<kTaps> + 1) + q.box) * int64_t{sizeof(float)};
   }
   static int threads_of(const NchwParameters& q) { return q.chunks * q.warps * kWarp; }
   static int64_t blocks_of(const DepthwiseProblem& p, const NchwParameters& q) {

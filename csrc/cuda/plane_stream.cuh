@@ -71,16 +71,20 @@ template <class Quad, class Single>
 __device__ inline int stream_planes(const Planes& q, const void* data, int64_t first, DType dtype, int planes, int rows,
                                     int width, Quad quad, Single single) {
   const int behind = behind_vector(q, data, first, dtype), unit = q.in_quads ? 4 : 1;
+  if (width <= 0 || rows <= 0) return behind;
+  int pitch = q.row_pitch;
   if (q.rows_are_one) {
     width *= rows;
     rows = 1;
+    pitch = q.plane_pitch;
   }
   if (q.planes_are_one) {
     width *= planes;
     planes = 1;
   }
-  if (width <= 0 || rows <= 0) return behind;
-  for_stream(planes, rows, (behind + width + unit - 1) / unit, [&](int plane, int row, int index) {
+  // In the order of shared memory, what lies between its runs included: neighbouring lanes are in different banks.
+  const int end = behind + width, length = planes * rows > 1 && pitch > end ? pitch : end;
+  for_stream(planes, rows, (length + unit - 1) / unit, [&](int plane, int row, int index) {
     const int column = unit * index - behind;
     const int64_t global = first + plane * q.plane + row * q.row + column;
     const int at = plane * q.plane_pitch + row * q.row_pitch + behind + column;
