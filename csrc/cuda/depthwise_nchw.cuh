@@ -23,7 +23,6 @@ struct NchwParameters {
   int chunks, columns;        // of a tile; a chunk is kRowsOfThread rows of outputs
   int lanes, warps, across;   // lanes of one plane, warps of a chunk, warps across a row of outputs
   int apart;                  // the planes of a warp
-  int slots;                  // for the taps of planes
   int half;                   // stride 2: from the even values of the box to the odd ones
   int box;                    // floats of the box
   DType dtype;
@@ -48,7 +47,7 @@ class NchwBlock {
 
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
-      : p_(p), taps_(shared), biases_(taps_ + p.slots * kTapPitch<kTaps>), box_(biases_ + p.slots) {
+      : p_(p), taps_(shared), biases_(taps_ + p.planes * kTapPitch<kTaps>), box_(biases_ + round_up(p.planes, 4)) {
     int block = blockIdx.x;
     const int column_tile = block % p.column_tiles;
     block /= p.column_tiles;
@@ -62,12 +61,14 @@ class NchwBlock {
   }
 
   __device__ void load() {
-    for_stream(planes_, 1, kTaps * kTaps, [&](int plane, int, int tap) {
-      taps_[slot_of(plane) * kTapPitch<kTaps> + tap] =
+    const int run = p_.in.with_gaps ? kTapPitch<kTaps> : kTaps * kTaps;
+    for_stream(planes_, 1, run, [&](int plane, int, int tap) {
+      if (tap >= kTaps * kTaps) return;
+      taps_[plane * kTapPitch<kTaps> + tap] =
           load_one(p_.dtype, p_.weight, (channel_ + plane) * p_.weight_channel + tap * p_.weight_tap);
     });
     for (int plane = threadIdx.x; plane < planes_; plane += blockDim.x)
-      biases_[slot_of(plane)] = p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f;
+      biases_[plane] = p_.bias ? load_one(p_.dtype, p_.bias, (channel_ + plane) * p_.bias_channel) : 0.0f;
     const Clipped rows = rows_of_box(), columns = columns_of_box();
     const int64_t first =
         image_ * p_.x_image + channel_ * p_.in.plane + static_cast<int64_t>(rows.begin) * p_.in.row + columns.begin;
@@ -87,23 +88,22 @@ class NchwBlock {
   __device__ void compute() {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int chunk = warp / p_.warps, in_chunk = warp % p_.warps, plane_warp = in_chunk / p_.across;
-    const int segments = kWarp / p_.lanes, slot = plane_warp * segments + lane / p_.lanes;
+    const int segments = kWarp / p_.lanes;
     const int plane =
         plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
     const int out_column = in_chunk % p_.across * kWarp + lane % p_.lanes, out_row = chunk * kRowsOfThread;
     const bool exists = plane < planes_ && out_column < p_.columns && column_ + out_column < p_.out_width;
     rows_ = exists ? p_.out_height - row_ - out_row : 0;
     if (!exists) return;
-    at_ = plane * p_.out.plane_pitch + out_row * p_.out.row_pitch + out_column;
+    at_ = p_.out.at(plane) + out_row * p_.out.row_pitch + out_column;
 #pragma unroll
-    for (float& sum : sums_) sum = biases_[slot];
+    for (float& sum : sums_) sum = biases_[plane];
     const int top = (row_ + out_row) * kStride - p_.pad_row, left = (column_ + out_column) * kStride - p_.pad_column;
     // Windows that lie beside the map read next to its box.
     int column = left - columns_of_box().begin;
     column = column < -kTaps ? -kTaps : column > p_.in.row_pitch ? p_.in.row_pitch : column;
-    const int first =
-        plane * p_.in.plane_pitch + (top - rows_of_box().begin) * p_.in.row_pitch + column + behind_;
-    const float* const taps = taps_ + slot * kTapPitch<kTaps>;
+    const int first = p_.in.at(plane) + (top - rows_of_box().begin) * p_.in.row_pitch + column + behind_;
+    const float* const taps = taps_ + plane * kTapPitch<kTaps>;
     if (top >= 0 && top + kSpan <= p_.height) {  // the same for all lanes of a warp
       add<true>(taps, first, top, left);
     } else {
@@ -137,11 +137,6 @@ class NchwBlock {
  private:
   static constexpr int kSpan = (kRowsOfThread - 1) * kStride + kTaps;  // rows of inputs of a thread
 
-  // Where the taps of a plane lie: those of the planes of a warp are neighbours, in different banks.
-  __device__ int slot_of(int plane) const {
-    const int segments = kWarp / p_.lanes, group = p_.apart * segments, within = plane % group;
-    return plane - within + within % p_.apart * segments + within / p_.apart;
-  }
   __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
   __device__ Clipped columns_of_box() const { return {column_ * kStride - p_.pad_column, p_.box_width, p_.width}; }
 
@@ -166,7 +161,7 @@ class NchwBlock {
   // What a lane does once for all of its rows.
   struct Lane {
     float taps[kTapPitch<kTaps>];
-    bool exists[kTaps];                   // of its columns; what is read in the place of others is not used
+    bool exists[kTaps];                  // of its columns; what is read in the place of others is not used
     const char* line[kStride][kStride];  // of stride 2: the even and the odd columns, in even and in odd rows
     int top;
     int offset = 0, step;  // of the lines, in bytes; opaque, so that all add one uniform register
@@ -226,7 +221,7 @@ class NchwBlock {
   const NchwParameters& p_;
   float *taps_, *biases_, *box_;
   int image_, channel_, planes_, row_, column_;
-  int behind_;    // the box of inputs starts, in its first vector
+  int behind_;         // the box of inputs starts, in its first vector
   int at_ = 0, rows_;  // the outputs of the lane in their box, and how many rows of them exist
   float sums_[kRowsOfThread];
 };
@@ -287,19 +282,31 @@ struct Nchw {
     q.columns = narrow(column_tiles == 1 ? w.out[2] : round_up(ceil_div(w.out[2], column_tiles), 16));
     q.column_tiles = narrow(ceil_div(w.out[2], q.columns));
     q.across = narrow(ceil_div(q.columns, kWarp));
-    for (q.lanes = 1; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
+    for (q.lanes = 4; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
     lay_out(p, q);
     q.dtype = p.dtype;
     q.activation = p.activation;
     return q;
   }
 
-  // Planes of the smallest pitch with which the lanes of a warp are in different banks: the planes of a warp lie an odd
-  // multiple of `lanes` words apart (twice that for a stride of 2, whose lanes take every second word). The power of
-  // two in the pitch, times that in the number of planes between them, makes it so.
+  // The lanes of a warp are in different banks: its planes lie an odd multiple of `lanes` words apart (twice that for a
+  // stride of 2, whose lanes take every second word), with gaps if need be. Of the distances for which a block has planes
+  // enough, or of the least one, that with the fewest gaps. With 8 and segments of 4 lanes taps would share banks.
+  static int apart_of(const NchwParameters& q, int segments) {
+    int best = 0, fewest = 3;
+    for (int apart = 1; apart <= (q.lanes == 4 ? 4 : 8); apart *= 2) {
+      if (!can_group(q.in, apart) || !can_group(q.out, apart)) continue;
+      if (best > 0 && apart * segments > q.planes) break;
+      const int gaps = (skew_of(q.in, apart, q.lanes * kStride) > 0) + (skew_of(q.out, apart, q.lanes) > 0);
+      if (gaps >= fewest) continue;
+      best = apart;
+      fewest = gaps;
+    }
+    return best;
+  }
+
   static void lay_out(const DepthwiseProblem& p, NchwParameters& q) {
     const Window& w = p.window;
-    const auto power_of = [](int64_t n) { return static_cast<int>(n & -n); };
     // Whole rows, and whole planes, are copied with what their last windows may leave over: they are one run.
     const auto extent = [](int64_t outputs) { return (outputs - 1) * kStride + kTaps; };
     const auto whole = [](int tiles, int64_t reach, int64_t size) { return tiles == 1 && size < reach + kStride; };
@@ -310,37 +317,24 @@ struct Nchw {
     q.box_width = static_cast<int>(all_columns ? w.in[2] + w.pad[2] : reach[1]);
     const int rows = smaller(q.box_height, w.in[1]), width = smaller(q.box_width, w.in[2]),
               out_rows = smaller(q.chunks * kRowsOfThread, w.out[1]);
-    const int segments = kWarp / q.lanes, wanted = q.lanes * kStride;
-    q.in = planes_of(p.x, w.in, rows, width, all_columns);
-    int& pitch = q.in.plane_pitch;
-    if (segments == 1) {
-      pitch = static_cast<int>(round_up(pitch, power_of(p.x.stride[1] | 4)));
-    } else {
-      if (power_of(pitch) < kStride) ++pitch;
-      if (power_of(pitch) > wanted || wanted / power_of(pitch) * segments > q.planes) {
-        while (power_of(pitch) != wanted) ++pitch;
-      }
-    }
-    q.apart = segments == 1 ? 1 : wanted / power_of(pitch);
-    q.out = planes_of(p.y, w.out, out_rows, q.columns, q.column_tiles == 1);
-    if (segments == 1) {
-      q.out.plane_pitch = static_cast<int>(round_up(q.out.plane_pitch, power_of(p.y.stride[1] | 4)));
-    } else {
-      while (power_of(q.out.plane_pitch) != q.lanes / q.apart) ++q.out.plane_pitch;
-    }
-    settle(q.in, all_rows && all_columns);
-    settle(q.out, q.row_tiles * q.column_tiles == 1);
-    q.warps = static_cast<int>(ceil_div(q.planes, q.apart * segments)) * q.apart * q.across;
-    q.slots = static_cast<int>(round_up(q.warps / q.across * segments, 4));
+    q.in = planes_of(p.x, w.in, rows, width, all_columns, all_rows);
+    q.out = planes_of(p.y, w.out, out_rows, q.columns, q.column_tiles == 1, q.row_tiles == 1);
+    const int segments = kWarp / q.lanes;
+    q.apart = segments > 1 ? apart_of(q, segments) : 1;
+    spread(q.in, q.planes, q.apart, segments > 1 ? q.lanes * kStride : 0);
+    spread(q.out, q.planes, q.apart, segments > 1 ? q.lanes : 0);
+    q.in.with_gaps = q.out.with_gaps = q.lanes == 4;  // of the smallest maps, where there are many
+    const int group = q.apart * segments, rest = q.planes % group;
+    q.warps = (q.planes / group * q.apart + (rest < q.apart ? rest : q.apart)) * q.across;
     // The widest window behind the last column is read too.
-    const int64_t box = q.planes * int64_t{max64(q.in.plane_pitch, q.out.plane_pitch)} + 4 + kTaps;
+    const int64_t box = max64(q.in.at(q.planes), q.out.at(q.planes)) + 4 + kTaps;
     q.half = static_cast<int>(round_up(ceil_div(box, 2), 32) + 16);
     q.box = static_cast<int>(kStride == 1 ? round_up(box, 4) : 2 * q.half);
   }
 
   static int smaller(int64_t a, int64_t b) { return static_cast<int>(min64(a, b)); }
   static int64_t shared_bytes(const NchwParameters& q) {
-    return (q.slots * (kTapPitch<kTaps> + 1) + q.box) * int64_t{sizeof(float)};
+    return (q.planes * kTapPitch<kTaps> + round_up(q.planes, 4) + q.box) * int64_t{sizeof(float)};
   }
   static int threads_of(const NchwParameters& q) { return q.chunks * q.warps * kWarp; }
   static int64_t blocks_of(const DepthwiseProblem& p, const NchwParameters& q) {
