@@ -11,13 +11,10 @@
 
 namespace dsconv::cuda {
 
-struct NchwParameters {
-  const void *x, *weight, *bias;
-  void* y;
-  int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
+struct NchwParameters : RowParameters {
   Planes in, out;
   int height, width, out_height, out_width, pad_row, pad_column;
-  int channels, planes, slabs;  // planes of a block, all of one image
+  int planes, slabs;  // planes of a block, all of one image
   int row_tiles, column_tiles;
   int box_height, box_width;  // those of a box that exist are copied
   int chunks, columns;        // of a tile; a chunk is kRowsOfThread rows of outputs
@@ -25,8 +22,6 @@ struct NchwParameters {
   int apart;                  // the planes of a warp
   int half;                   // stride 2: from the even values of the box to the odd ones
   int box;                    // floats of the box
-  DType dtype;
-  ActivationSpec activation;
 };
 
 // Enough rows that what a lane does once, above all fetching its taps, is little beside them; common feature maps have
@@ -256,23 +251,13 @@ struct Nchw {
   static NchwParameters tiled(const DepthwiseProblem& p, int64_t chunks, int64_t column_tiles, int64_t planes) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
     const Window& w = p.window;
-    NchwParameters q{};
-    q.x = p.x.data;
-    q.weight = p.weight.data;
-    q.bias = p.bias.data;
-    q.y = p.y.data;
-    q.x_image = p.x.stride[0];
-    q.y_image = p.y.stride[0];
-    q.weight_channel = p.weight.stride[0];
-    q.weight_tap = tap_stride(p);
-    q.bias_channel = p.bias.stride[0];
+    auto q = parameters_of<NchwParameters>(p);
     q.height = narrow(w.in[1]);
     q.width = narrow(w.in[2]);
     q.out_height = narrow(w.out[1]);
     q.out_width = narrow(w.out[2]);
     q.pad_row = narrow(w.pad[1]);
     q.pad_column = narrow(w.pad[2]);
-    q.channels = narrow(p.channels);
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
     const int64_t all_chunks = ceil_div(w.out[1], kRowsOfThread);
@@ -284,8 +269,6 @@ struct Nchw {
     q.across = narrow(ceil_div(q.columns, kWarp));
     for (q.lanes = 4; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
     lay_out(p, q);
-    q.dtype = p.dtype;
-    q.activation = p.activation;
     return q;
   }
 
