@@ -14,6 +14,7 @@ import random
 import re
 import subprocess
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,17 +254,24 @@ def check_row(variant: Variant, row: str, count: int) -> None:
 COUNTS = {"plain": (12, 150), "traced": (4, 40), "sanitized": (4, 40)}
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-@pytest.mark.parametrize("row", [*ROWS, WIDE])
-def test_every_row(row, variant):
-    check_row(variant, row, COUNTS[variant.name][0])
+def row_tests(rows: list[str], check: Callable[[Variant, str, int], None]) -> tuple[Callable, Callable]:
+    """Tests of every row in every variant: on few problems, and on many."""
+
+    @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+    @pytest.mark.parametrize("row", rows)
+    def on_few(row, variant):
+        check(variant, row, COUNTS[variant.name][0])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+    @pytest.mark.parametrize("row", rows)
+    def on_many(row, variant):
+        check(variant, row, COUNTS[variant.name][1])
+
+    return on_few, on_many
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-@pytest.mark.parametrize("row", [*ROWS, WIDE])
-def test_every_row_on_more_problems(row, variant):
-    check_row(variant, row, COUNTS[variant.name][1])
+test_every_row, test_every_row_on_more_problems = row_tests([*ROWS, WIDE], check_row)
 
 
 @pytest.mark.parametrize(
