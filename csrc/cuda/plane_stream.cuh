@@ -107,7 +107,7 @@ __device__ inline int stream_planes(const Planes& q, const void* data, int64_t f
     const int plane = run * planes_of_run, column = unit * index - behind;
     const int count = width * (planes - plane < planes_of_run ? planes - plane : planes_of_run);
     const int64_t global = first + plane * q.plane + row * q.row + column;
-    const int at = q.at(plane) + row * q.row_pitch + behind + column;
+    const int at = (q.planes_of_run_are_one ? run * pitch : q.at(plane)) + row * q.row_pitch + behind + column;
     if (q.in_quads && column >= 0 && column + 4 <= count) return quad(global, at);
 #pragma unroll 1
     for (int i = column < 0 ? -column : 0; i < unit && column + i < count; ++i) single(global + i, at + i);
