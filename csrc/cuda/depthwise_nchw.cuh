@@ -43,16 +43,7 @@ class NchwBlock {
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
       : p_(p), taps_(shared), biases_(taps_ + p.planes * kTapPitch<kTaps>), box_(biases_ + round_up(p.planes, 4)) {
-    int block = blockIdx.x;
-    const int column_tile = block % p.column_tiles;
-    block /= p.column_tiles;
-    const int row_tile = block % p.row_tiles;
-    block /= p.row_tiles;
-    channel_ = block % p.slabs * p.planes;
-    image_ = block / p.slabs;
-    planes_ = p.channels - channel_ < p.planes ? p.channels - channel_ : p.planes;
-    row_ = row_tile * p.chunks * kRowsOfThread;
-    column_ = column_tile * p.columns;
+    locate(blockIdx.x);
   }
 
   __device__ void load() {
@@ -108,6 +99,7 @@ class NchwBlock {
   }
 
   __device__ void store() {
+    locate(opaque(blockIdx.x));  // anew, or it would take registers from compute()
     const int64_t first =
         image_ * p_.y_image + channel_ * p_.out.plane + static_cast<int64_t>(row_) * p_.out.row + column_;
     float* const to = box_ + at_ + behind_vector(p_.out, p_.y, first, p_.dtype);
@@ -130,6 +122,18 @@ class NchwBlock {
   }
 
  private:
+  __device__ void locate(int block) {
+    const int column_tile = block % p_.column_tiles;
+    block /= p_.column_tiles;
+    const int row_tile = block % p_.row_tiles;
+    block /= p_.row_tiles;
+    channel_ = block % p_.slabs * p_.planes;
+    image_ = block / p_.slabs;
+    planes_ = p_.channels - channel_ < p_.planes ? p_.channels - channel_ : p_.planes;
+    row_ = row_tile * p_.chunks * kRowsOfThread;
+    column_ = column_tile * p_.columns;
+  }
+
   static constexpr int kSpan = (kRowsOfThread - 1) * kStride + kTaps;  // rows of inputs of a thread
 
   __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
