@@ -486,15 +486,23 @@ def shift(block, mask, to, value, by, *, direction, kind):
     block.write(to, mask, np.asarray(shifted).astype(value.dtype))
 
 
-@instruction(r"bfi\.b32")
-def insert_bits(block, mask, to, value, around, position, length):
-    value, around = block.read(value, "b32"), block.read(around, "b32")
+def shifted_left(value: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Of uint64, by up to 64."""
+    half = by >> np.uint64(1)
+    return value << half << (by - half)
+
+
+@instruction(r"bfi\.(?P<kind>b32|b64)")
+def insert_bits(block, mask, to, value, around, position, length, *, kind):
+    value, around = block.read(value, kind), block.read(around, kind)
+    dtype, one = value.dtype, np.uint64(1)
     position, length = (
-        np.minimum(block.read(n, "u32").astype(np.uint64) & np.uint64(0xFF), 32) for n in (position, length)
+        np.minimum(block.read(n, "u32").astype(np.uint64) & np.uint64(0xFF), np.uint64(8 * dtype.itemsize))
+        for n in (position, length)
     )
-    field = ((np.uint64(1) << length) - np.uint64(1)) << position
-    inserted = (value.astype(np.uint64) << position & field) | (around & ~field)
-    block.write(to, mask, np.asarray(inserted).astype(np.uint32))
+    field = shifted_left(shifted_left(np.ones_like(length), length) - one, position)
+    inserted = (shifted_left(value.astype(np.uint64), position) & field) | (around.astype(np.uint64) & ~field)
+    block.write(to, mask, np.asarray(inserted).astype(dtype))
 
 
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}

@@ -13,7 +13,7 @@ import pytest
 
 from cases import Deck
 from dsconv_ext import _build
-from test_simt import HALVES, PLAIN, TRACED, VARIANTS, Variant, choices, drive, line
+from test_simt import HALVES, PLAIN, TRACED, Variant, choices, drive, line, row_tests
 
 
 def table() -> list[str]:
@@ -109,20 +109,7 @@ def check_row(variant: Variant, row: str, count: int) -> None:
                 assert counts["bytes_written"] == counts["distinct_bytes_written"] == counts["output_bytes"], counts
 
 
-COUNTS = {"plain": (12, 150), "traced": (4, 40), "sanitized": (4, 40)}
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-@pytest.mark.parametrize("row", ROWS)
-def test_every_row(row, variant):
-    check_row(variant, row, COUNTS[variant.name][0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-@pytest.mark.parametrize("row", ROWS)
-def test_every_row_on_more_problems(row, variant):
-    check_row(variant, row, COUNTS[variant.name][1])
+test_every_row, test_every_row_on_more_problems = row_tests(ROWS, check_row)
 
 
 def check_choices(count: int, seed: int) -> set[str]:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/epilogue.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/storage.cuh"
 
 namespace dsconv::cuda {
@@ -61,6 +62,22 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_direct(const DepthwiseP
       if (column + q < w.out[2]) narrow(sum[q], y + (column + q) * p.y.stride[4]);
     }
   }
+}
+
+inline int64_t threads_of_direct(const DepthwiseProblem& p) {
+  const Window& w = p.window;
+  return p.batch * p.channels * p.multiplier * w.out[0] * w.out[1] * ceil_div(w.out[2], kPixels);
+}
+
+template <class Index>
+void launch_direct(const DepthwiseProblem& p, const Runtime& runtime) {
+  const int64_t blocks = min64(ceil_div(threads_of_direct(p), kThreads), (int64_t{1} << 31) - 1);
+  const auto launch_as = [&]<class S>() {
+    launch(sizeof(Index) == 4 ? "depthwise_direct" : "depthwise_direct_wide", depthwise_direct<S, Index>, blocks,
+           kThreads, 0, runtime, p);
+  };
+  if (p.dtype == DType::f64) return launch_as.template operator()<double>();
+  with_storage(p.dtype, launch_as);
 }
 
 }  // namespace dsconv::cuda

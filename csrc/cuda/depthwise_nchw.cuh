@@ -11,13 +11,10 @@
 
 namespace dsconv::cuda {
 
-struct NchwParameters {
-  const void *x, *weight, *bias;
-  void* y;
-  int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
+struct NchwParameters : RowParameters {
   Planes in, out;
   int height, width, out_height, out_width, pad_row, pad_column;
-  int channels, planes, slabs;  // planes of a block, all of one image
+  int planes, slabs;  // planes of a block, all of one image
   int row_tiles, column_tiles;
   int box_height, box_width;  // those of a box that exist are copied
   int chunks, columns;        // of a tile; a chunk is kRowsOfThread rows of outputs
@@ -25,8 +22,6 @@ struct NchwParameters {
   int apart;                  // the planes of a warp
   int half;                   // stride 2: from the even values of the box to the odd ones
   int box;                    // floats of the box
-  DType dtype;
-  ActivationSpec activation;
 };
 
 // Enough rows that what a lane does once, above all fetching its taps, is little beside them; common feature maps have
@@ -37,28 +32,25 @@ constexpr int kRowsOf = kTaps == 7 && kStride == 2 ? 7 : 14;
 // choice.
 constexpr int kMostThreads = 512, kThreads = kMostThreads / 2;
 
+// Taps of a plane in shared memory, in whole vectors.
+template <int kTaps>
+constexpr int kTapPitch = (kTaps * kTaps + 3) / 4 * 4;
+
 template <int kTaps, int kStride>
 class NchwBlock {
   static constexpr int kRowsOfThread = kRowsOf<kTaps, kStride>;
 
  public:
   __device__ NchwBlock(const NchwParameters& p, float* shared)
-      : p_(p), box_(shared), taps_(shared + p.box), biases_(taps_ + p.planes * kTaps * kTaps) {
-    int64_t block = blockIdx.x;
-    const int column_tile = static_cast<int>(block % p.column_tiles);
-    block /= p.column_tiles;
-    const int row_tile = static_cast<int>(block % p.row_tiles);
-    block /= p.row_tiles;
-    channel_ = static_cast<int>(block % p.slabs) * p.planes;
-    image_ = block / p.slabs;
-    planes_ = p.channels - channel_ < p.planes ? p.channels - channel_ : p.planes;
-    row_ = row_tile * p.chunks * kRowsOfThread;
-    column_ = column_tile * p.columns;
+      : p_(p), taps_(shared), biases_(taps_ + p.planes * kTapPitch<kTaps>), box_(biases_ + round_up(p.planes, 4)) {
+    locate(blockIdx.x);
   }
 
   __device__ void load() {
-    for_stream(planes_, 1, kTaps * kTaps, [&](int plane, int, int tap) {
-      taps_[plane * kTaps * kTaps + tap] =
+    const int run = p_.in.with_gaps ? kTapPitch<kTaps> : kTaps * kTaps;
+    for_stream(planes_, 1, run, [&](int plane, int, int tap) {
+      if (tap >= kTaps * kTaps) return;
+      taps_[plane * kTapPitch<kTaps> + tap] =
           load_one(p_.dtype, p_.weight, (channel_ + plane) * p_.weight_channel + tap * p_.weight_tap);
     });
     for (int plane = threadIdx.x; plane < planes_; plane += blockDim.x)
@@ -83,34 +75,37 @@ class NchwBlock {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int chunk = warp / p_.warps, in_chunk = warp % p_.warps, plane_warp = in_chunk / p_.across;
     const int segments = kWarp / p_.lanes;
-    plane_ = plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
-    out_column_ = in_chunk % p_.across * kWarp + lane % p_.lanes;
-    out_row_ = chunk * kRowsOfThread;
-    exists_ = plane_ < planes_ && out_column_ < p_.columns && column_ + out_column_ < p_.out_width;
-    if (!exists_) return;
+    const int plane =
+        plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart;
+    const int out_column = in_chunk % p_.across * kWarp + lane % p_.lanes, out_row = chunk * kRowsOfThread;
+    const bool exists = plane < planes_ && out_column < p_.columns && column_ + out_column < p_.out_width;
+    rows_ = exists ? p_.out_height - row_ - out_row : 0;
+    if (!exists) return;
+    at_ = p_.out.at(plane) + out_row * p_.out.row_pitch + out_column;
 #pragma unroll
-    for (float& sum : sums_) sum = biases_[plane_];
-    const int top = (row_ + out_row_) * kStride - p_.pad_row, left = (column_ + out_column_) * kStride - p_.pad_column;
-    const int first = plane_ * p_.in.plane_pitch + (top - rows_of_box().begin) * p_.in.row_pitch + left -
-                      columns_of_box().begin + behind_;
+    for (float& sum : sums_) sum = biases_[plane];
+    const int top = (row_ + out_row) * kStride - p_.pad_row, left = (column_ + out_column) * kStride - p_.pad_column;
+    // Windows that lie beside the map read next to its box.
+    int column = left - columns_of_box().begin;
+    column = column < -kTaps ? -kTaps : column > p_.in.row_pitch ? p_.in.row_pitch : column;
+    const int first = p_.in.at(plane) + (top - rows_of_box().begin) * p_.in.row_pitch + column + behind_;
+    const float* const taps = taps_ + plane * kTapPitch<kTaps>;
     if (top >= 0 && top + kSpan <= p_.height) {  // the same for all lanes of a warp
-      add<true>(first, top, left);
+      add<true>(taps, first, top, left);
     } else {
-      add<false>(first, top, left);
+      add<false>(taps, first, top, left);
     }
     activate_values(sums_, p_.activation);
   }
 
   __device__ void store() {
+    locate(opaque(blockIdx.x));  // anew, or it would take registers from compute()
     const int64_t first =
         image_ * p_.y_image + channel_ * p_.out.plane + static_cast<int64_t>(row_) * p_.out.row + column_;
-    if (exists_) {
-      const int at = plane_ * p_.out.plane_pitch + out_row_ * p_.out.row_pitch + out_column_ +
-                     behind_vector(p_.out, p_.y, first, p_.dtype);
+    float* const to = box_ + at_ + behind_vector(p_.out, p_.y, first, p_.dtype);
 #pragma unroll
-      for (int r = 0; r < kRowsOfThread; ++r) {
-        if (row_ + out_row_ + r < p_.out_height) box_[at + r * p_.out.row_pitch] = sums_[r];
-      }
+    for (int r = 0; r < kRowsOfThread; ++r) {
+      if (r < rows_) to[r * p_.out.row_pitch] = sums_[r];
     }
     __syncthreads();
     const Clipped rows(row_, p_.chunks * kRowsOfThread, p_.out_height), columns(column_, p_.columns, p_.out_width);
@@ -127,6 +122,18 @@ class NchwBlock {
   }
 
  private:
+  __device__ void locate(int block) {
+    const int column_tile = block % p_.column_tiles;
+    block /= p_.column_tiles;
+    const int row_tile = block % p_.row_tiles;
+    block /= p_.row_tiles;
+    channel_ = block % p_.slabs * p_.planes;
+    image_ = block / p_.slabs;
+    planes_ = p_.channels - channel_ < p_.planes ? p_.channels - channel_ : p_.planes;
+    row_ = row_tile * p_.chunks * kRowsOfThread;
+    column_ = column_tile * p_.columns;
+  }
+
   static constexpr int kSpan = (kRowsOfThread - 1) * kStride + kTaps;  // rows of inputs of a thread
 
   __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
@@ -150,69 +157,71 @@ class NchwBlock {
     }
   }
 
-  // A column that a lane reads.
-  struct Column {
-    bool exists;
-    float in;
+  // What a lane does once for all of its rows.
+  struct Lane {
+    float taps[kTapPitch<kTaps>];
+    bool exists[kTaps];                  // of its columns; what is read in the place of others is not used
+    const char* line[kStride][kStride];  // of stride 2: the even and the odd columns, in even and in odd rows
+    int top;
+    int offset = 0, step;  // of the lines, in bytes; opaque, so that all add one uniform register
   };
 
-  // The columns outside the map have neither inputs nor taps: both are zero, whatever the filter holds.
   template <bool kInterior>
-  __device__ void add(int first, int top, int left) {
-    Column columns[kTaps];
-    float taps[kTaps][kTaps];
+  __device__ void add(const float* taps, int first, int top, int left) {
+    Lane lane;
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) {
-      columns[t].exists = static_cast<unsigned>(left + t) < static_cast<unsigned>(p_.width);
-      columns[t].in = 0;
+    for (int i = 0; i < kTapPitch<kTaps>; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(taps + i);
+      lane.taps[i] = four.x;
+      lane.taps[i + 1] = four.y;
+      lane.taps[i + 2] = four.z;
+      lane.taps[i + 3] = four.w;
     }
 #pragma unroll
-    for (int u = 0; u < kTaps; ++u) {
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        const float tap = taps_[(plane_ * kTaps + u) * kTaps + t];
-        taps[u][t] = columns[t].exists ? tap : 0.0f;
-      }
-    }
-    const int step = p_.in.row_pitch * int{sizeof(float)};  // in bytes, or each row would shift it anew
-    // Of stride 2: the even and the odd columns, in even and in odd rows.
-    const float* line[kStride][kStride];
+    for (int t = 0; t < kTaps; ++t) lane.exists[t] = static_cast<unsigned>(left + t) < static_cast<unsigned>(p_.width);
 #pragma unroll
     for (int i = 0; i < kStride; ++i) {
 #pragma unroll
-      for (int t = 0; t < kStride; ++t) line[i][t] = place(first + i * p_.in.row_pitch + t);
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      if (kInterior || static_cast<unsigned>(top + i) < static_cast<unsigned>(p_.height)) {
-        add_row(std::make_integer_sequence<int, kTaps>(), i, line[i % kStride], taps, columns);
-      }
-#pragma unroll
       for (int t = 0; t < kStride; ++t)
-        line[i % kStride][t] =
-            reinterpret_cast<const float*>(reinterpret_cast<const char*>(line[i % kStride][t]) + step);
+        lane.line[i][t] = reinterpret_cast<const char*>(place(first + i * p_.in.row_pitch + t));
     }
+    lane.top = top;
+    lane.step = p_.in.row_pitch * int{sizeof(float)};
+    add_rows<kInterior>(std::make_integer_sequence<int, kSpan>(), lane);
+  }
+  template <bool kInterior, int... i>
+  __device__ __forceinline__ void add_rows(std::integer_sequence<int, i...>, Lane& lane) {
+    (add_row<kInterior, i>(lane), ...);
   }
 
-  // Columns as a pack, not as a loop: each is an instruction also for tests/simt, which tells by it which accesses of
-  // lanes that skip some of them belong together.
-  template <int... t>
-  __device__ __forceinline__ void add_row(std::integer_sequence<int, t...>, int i, const float* const (&line)[kStride],
-                                          const float (&taps)[kTaps][kTaps], Column (&columns)[kTaps]) {
-    ((columns[t].exists ? void(columns[t].in = line[t % kStride][t / kStride]) : void()), ...);
+  // The inputs of row i, and what they add to the rows of outputs that it meets.
+  template <bool kInterior, int i>
+  __device__ __forceinline__ void add_row(Lane& lane) {
+    if (kInterior || static_cast<unsigned>(lane.top + i) < static_cast<unsigned>(p_.height)) {
+      float in[kTaps];
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) {
-      const int u = i - r * kStride;
-      if (u >= 0 && u < kTaps) ((sums_[r] = fmaf(taps[u][t], columns[t].in, sums_[r])), ...);
+      for (int t = 0; t < kTaps; ++t) {
+        const char* const line = lane.line[i % kStride][t % kStride] + lane.offset;
+        in[t] = reinterpret_cast<const float*>(line)[t / kStride];
+      }
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        if (!lane.exists[t]) continue;
+#pragma unroll
+        for (int r = 0; r < kRowsOfThread; ++r) {
+          const int u = i - r * kStride;
+          if (u >= 0 && u < kTaps) sums_[r] = fmaf(lane.taps[u * kTaps + t], in[t], sums_[r]);
+        }
+      }
     }
+    if constexpr (i % kStride == kStride - 1) lane.offset = opaque(lane.offset + lane.step);
   }
 
   const NchwParameters& p_;
-  float *box_, *taps_, *biases_;
-  int channel_, planes_, row_, column_, behind_;
-  int64_t image_;
-  int plane_, out_row_, out_column_;
-  bool exists_;
+  float *taps_, *biases_, *box_;
+  int image_, channel_, planes_, row_, column_;
+  int behind_;         // the box of inputs starts, in its first vector
+  int at_ = 0, rows_;  // the outputs of the lane in their box, and how many rows of them exist
   float sums_[kRowsOfThread];
 };
 
@@ -246,23 +255,13 @@ struct Nchw {
   static NchwParameters tiled(const DepthwiseProblem& p, int64_t chunks, int64_t column_tiles, int64_t planes) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
     const Window& w = p.window;
-    NchwParameters q{};
-    q.x = p.x.data;
-    q.weight = p.weight.data;
-    q.bias = p.bias.data;
-    q.y = p.y.data;
-    q.x_image = p.x.stride[0];
-    q.y_image = p.y.stride[0];
-    q.weight_channel = p.weight.stride[0];
-    q.weight_tap = tap_stride(p);
-    q.bias_channel = p.bias.stride[0];
+    auto q = parameters_of<NchwParameters>(p);
     q.height = narrow(w.in[1]);
     q.width = narrow(w.in[2]);
     q.out_height = narrow(w.out[1]);
     q.out_width = narrow(w.out[2]);
     q.pad_row = narrow(w.pad[1]);
     q.pad_column = narrow(w.pad[2]);
-    q.channels = narrow(p.channels);
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
     const int64_t all_chunks = ceil_div(w.out[1], kRowsOfThread);
@@ -272,19 +271,29 @@ struct Nchw {
     q.columns = narrow(column_tiles == 1 ? w.out[2] : round_up(ceil_div(w.out[2], column_tiles), 16));
     q.column_tiles = narrow(ceil_div(w.out[2], q.columns));
     q.across = narrow(ceil_div(q.columns, kWarp));
-    for (q.lanes = 1; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
+    for (q.lanes = 4; q.lanes < kWarp && q.lanes < q.columns;) q.lanes *= 2;
     lay_out(p, q);
-    q.dtype = p.dtype;
-    q.activation = p.activation;
     return q;
   }
 
-  // Planes of the smallest pitch with which the lanes of a warp are in different banks: the planes of a warp lie an odd
-  // multiple of `lanes` words apart (twice that for a stride of 2, whose lanes take every second word). The power of
-  // two in the pitch, times that in the number of planes between them, makes it so.
+  // The lanes of a warp are in different banks: its planes lie an odd multiple of `lanes` words apart (twice that for a
+  // stride of 2, whose lanes take every second word), with gaps if need be. Of the distances for which a block has planes
+  // enough, or of the least one, that with the fewest gaps. With 8 and segments of 4 lanes taps would share banks.
+  static int apart_of(const NchwParameters& q, int segments) {
+    int best = 0, fewest = 3;
+    for (int apart = 1; apart <= (q.lanes == 4 ? 4 : 8); apart *= 2) {
+      if (!can_group(q.in, apart) || !can_group(q.out, apart)) continue;
+      if (best > 0 && apart * segments > q.planes) break;
+      const int gaps = (skew_of(q.in, apart, q.lanes * kStride) > 0) + (skew_of(q.out, apart, q.lanes) > 0);
+      if (gaps >= fewest) continue;
+      best = apart;
+      fewest = gaps;
+    }
+    return best;
+  }
+
   static void lay_out(const DepthwiseProblem& p, NchwParameters& q) {
     const Window& w = p.window;
-    const auto power_of = [](int64_t n) { return static_cast<int>(n & -n); };
     // Whole rows, and whole planes, are copied with what their last windows may leave over: they are one run.
     const auto extent = [](int64_t outputs) { return (outputs - 1) * kStride + kTaps; };
     const auto whole = [](int tiles, int64_t reach, int64_t size) { return tiles == 1 && size < reach + kStride; };
@@ -295,35 +304,24 @@ struct Nchw {
     q.box_width = static_cast<int>(all_columns ? w.in[2] + w.pad[2] : reach[1]);
     const int rows = smaller(q.box_height, w.in[1]), width = smaller(q.box_width, w.in[2]),
               out_rows = smaller(q.chunks * kRowsOfThread, w.out[1]);
-    const int segments = kWarp / q.lanes, wanted = q.lanes * kStride;
-    q.in = planes_of(p.x, w.in, rows, width, all_columns);
-    int& pitch = q.in.plane_pitch;
-    if (segments == 1) {
-      pitch = static_cast<int>(round_up(pitch, power_of(p.x.stride[1] | 4)));
-    } else {
-      if (power_of(pitch) < kStride) ++pitch;
-      if (power_of(pitch) > wanted || wanted / power_of(pitch) * segments > q.planes) {
-        while (power_of(pitch) != wanted) ++pitch;
-      }
-    }
-    q.apart = segments == 1 ? 1 : wanted / power_of(pitch);
-    q.out = planes_of(p.y, w.out, out_rows, q.columns, q.column_tiles == 1);
-    if (segments == 1) {
-      q.out.plane_pitch = static_cast<int>(round_up(q.out.plane_pitch, power_of(p.y.stride[1] | 4)));
-    } else {
-      while (power_of(q.out.plane_pitch) != q.lanes / q.apart) ++q.out.plane_pitch;
-    }
-    settle(q.in, all_rows && all_columns);
-    settle(q.out, q.row_tiles * q.column_tiles == 1);
-    q.warps = static_cast<int>(ceil_div(q.planes, q.apart * segments)) * q.apart * q.across;
-    const int64_t box = q.planes * int64_t{max64(q.in.plane_pitch, q.out.plane_pitch)} + 4;
+    q.in = planes_of(p.x, w.in, rows, width, all_columns, all_rows);
+    q.out = planes_of(p.y, w.out, out_rows, q.columns, q.column_tiles == 1, q.row_tiles == 1);
+    const int segments = kWarp / q.lanes;
+    q.apart = segments > 1 ? apart_of(q, segments) : 1;
+    spread(q.in, q.planes, q.apart, segments > 1 ? q.lanes * kStride : 0);
+    spread(q.out, q.planes, q.apart, segments > 1 ? q.lanes : 0);
+    q.in.with_gaps = q.out.with_gaps = q.lanes == 4;  // of the smallest maps, where there are many
+    const int group = q.apart * segments, rest = q.planes % group;
+    q.warps = (q.planes / group * q.apart + (rest < q.apart ? rest : q.apart)) * q.across;
+    // The widest window behind the last column is read too.
+    const int64_t box = max64(q.in.at(q.planes), q.out.at(q.planes)) + 4 + kTaps;
     q.half = static_cast<int>(round_up(ceil_div(box, 2), 32) + 16);
     q.box = static_cast<int>(kStride == 1 ? round_up(box, 4) : 2 * q.half);
   }
 
   static int smaller(int64_t a, int64_t b) { return static_cast<int>(min64(a, b)); }
   static int64_t shared_bytes(const NchwParameters& q) {
-    return (q.box + q.planes * (kTaps * kTaps + 1)) * int64_t{sizeof(float)};
+    return (q.planes * kTapPitch<kTaps> + round_up(q.planes, 4) + q.box) * int64_t{sizeof(float)};
   }
   static int threads_of(const NchwParameters& q) { return q.chunks * q.warps * kWarp; }
   static int64_t blocks_of(const DepthwiseProblem& p, const NchwParameters& q) {

@@ -16,19 +16,15 @@ struct Box {
   DSCONV_HD int at(int column) const { return split == 1 ? column : column % split * phase + column / split; }
 };
 
-struct NchwAnyParameters {
-  const void *x, *weight, *bias;
-  void* y;
-  int64_t x_image, y_image, x_channel, y_channel, weight_channel, weight_tap, bias_channel;
+struct NchwAnyParameters : RowParameters {
+  int64_t x_channel, y_channel;
   int x_row, y_row;
   Axis rows, columns;
-  int channels, planes, slabs;    // planes of a block, all of one image
+  int planes, slabs;              // planes of a block, all of one image
   int row_blocks, column_blocks;  // of a block's threads in each plane
   int row_tiles, column_tiles;
   Box in, out;
   int taps_row, taps_plane;  // pitches
-  DType dtype;
-  ActivationSpec activation;
 };
 
 template <class U>
@@ -218,23 +214,13 @@ struct NchwAny {
   static NchwAnyParameters tiled(const DepthwiseProblem& p, int64_t row_groups, int64_t column_groups, int64_t planes) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
     const Window& w = p.window;
-    NchwAnyParameters q{};
-    q.x = p.x.data;
-    q.weight = p.weight.data;
-    q.bias = p.bias.data;
-    q.y = p.y.data;
-    q.x_image = p.x.stride[0];
-    q.y_image = p.y.stride[0];
+    auto q = parameters_of<NchwAnyParameters>(p);
     q.x_channel = p.x.stride[1];
     q.y_channel = p.y.stride[1];
-    q.weight_channel = p.weight.stride[0];
-    q.weight_tap = tap_stride(p);
-    q.bias_channel = p.bias.stride[0];
     q.x_row = w.in[1] > 1 ? narrow(p.x.stride[3]) : 0;
     q.y_row = w.out[1] > 1 ? narrow(p.y.stride[3]) : 0;
     q.rows = axis_of(w, 1, 1);
     q.columns = axis_of(w, 2, U::kColumns);
-    q.channels = narrow(p.channels);
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
     const int rows_of_group = q.rows.dilation, columns_of_group = U::kColumns * q.columns.dilation;
@@ -252,8 +238,6 @@ struct NchwAny {
     q.out = box_of(height, width, q.columns.dilation, 0, q.row_blocks, q.column_blocks, 1);
     q.taps_row = narrow(round_up(w.taps[2], 4));
     q.taps_plane = narrow(w.taps[1]) * q.taps_row;
-    q.dtype = p.dtype;
-    q.activation = p.activation;
     return q;
   }
 

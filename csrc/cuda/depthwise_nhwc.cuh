@@ -6,16 +6,12 @@
 
 namespace dsconv::cuda {
 
-struct NhwcParameters {
-  const void *x, *weight, *bias;
-  void* y;
-  int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
+struct NhwcParameters : RowParameters {
   int x_row, x_column, y_row, y_column;
   Axis rows, columns;
-  int channels, slabs;        // a block takes one slab of the channels
+  int slabs;                  // a block takes one slab of the channels
   int64_t items;              // blocks of outputs of one slab
   int items_of_image, panel;  // a panel of columns, downwards, then the next: what a block reads stays together
-  ActivationSpec activation;
 };
 
 // Lanes across channels, and the channels of a slab.
@@ -94,8 +90,21 @@ class NhwcThread {
             exists);
       }
     }
-    activate_values(outputs_.sum, p_.activation);
-    store<kInterior>();
+  }
+  __device__ void activate() { activate_values(outputs_.sum, p_.activation); }
+  template <bool kInterior>
+  __device__ void store() const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row_ + r * p_.rows.dilation;
+      if (row >= p_.rows.out) break;
+#pragma unroll
+      for (int l = 0; l < U::kColumns; ++l) {
+        const int column = column_ + l * p_.columns.dilation;
+        if (!kInterior && column >= p_.columns.out) break;
+        Channels<S, V>::store(outputs_.sum + outputs_.at(r, l), y_ + row * p_.y_row + column * p_.y_column);
+      }
+    }
   }
 
  private:
@@ -113,21 +122,6 @@ class NhwcThread {
       weight[3] = four.w;
     }
   }
-  template <bool kInterior>
-  __device__ void store() const {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = row_ + r * p_.rows.dilation;
-      if (row >= p_.rows.out) break;
-#pragma unroll
-      for (int l = 0; l < U::kColumns; ++l) {
-        const int column = column_ + l * p_.columns.dilation;
-        if (!kInterior && column >= p_.columns.out) break;
-        Channels<S, V>::store(outputs_.sum + outputs_.at(r, l), y_ + row * p_.y_row + column * p_.y_column);
-      }
-    }
-  }
-
   const NhwcParameters& p_;
   const float* lane_taps_;
   bool exists_;
@@ -159,6 +153,12 @@ __global__ void __launch_bounds__(256, kResident<V, U>) depthwise_nhwc(const Nhw
     self.template compute<true>();
   } else {
     self.template compute<false>();
+  }
+  self.activate();
+  if (interior) {
+    self.template store<true>();
+  } else {
+    self.template store<false>();
   }
 }
 
@@ -202,30 +202,19 @@ struct Nhwc {
 
   static NhwcParameters parameters(const DepthwiseProblem& p) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
-    NhwcParameters q{};
-    q.x = p.x.data;
-    q.weight = p.weight.data;
-    q.bias = p.bias.data;
-    q.y = p.y.data;
-    q.x_image = p.x.stride[0];
-    q.y_image = p.y.stride[0];
-    q.weight_channel = p.weight.stride[0];
-    q.weight_tap = tap_stride(p);
-    q.bias_channel = p.bias.stride[0];
+    auto q = parameters_of<NhwcParameters>(p);
     q.x_row = narrow(p.x.stride[3]);
     q.x_column = narrow(p.x.stride[4]);
     q.y_row = narrow(p.y.stride[3]);
     q.y_column = narrow(p.y.stride[4]);
     q.rows = axis_of(p.window, 1, rows_of(vector_of(p.dtype)));
     q.columns = axis_of(p.window, 2, columns_of(vector_of(p.dtype)));
-    q.channels = narrow(p.channels);
     q.slabs = narrow(ceil_div(p.channels, slab_of(p.dtype)));
     // The 32 items of a full block are about as high as wide.
     const int panels = narrow(ceil_div(q.columns.blocks, p.window.out[1] == 1 ? 32 : 4 * rows_of(vector_of(p.dtype))));
     q.panel = narrow(ceil_div(q.columns.blocks, panels));
     q.items_of_image = panels * q.panel * q.rows.blocks;
     q.items = p.batch * q.items_of_image;
-    q.activation = p.activation;
     return q;
   }
   static int64_t threads(const DepthwiseProblem& p) {

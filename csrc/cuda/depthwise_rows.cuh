@@ -42,6 +42,38 @@ inline Axis axis_of(const Window& w, int dim, int outputs) {
           narrow(w.dilation[dim]), narrow(w.pad[dim]), narrow(blocks)};
 }
 
+// What every row's parameters begin with: the tensors, and what ends their outputs. Steps in elements.
+struct RowParameters {
+  const void *x, *weight, *bias;
+  void* y;
+  int64_t x_image, y_image, weight_channel, weight_tap, bias_channel;
+  int channels;
+  DType dtype;
+  ActivationSpec activation;
+};
+
+// The step from one tap of a filter to the next, rows of taps included.
+int64_t tap_stride(const DepthwiseProblem& p);
+
+// Parameters that derive from these, the rest of them zero.
+template <class Parameters>
+Parameters parameters_of(const DepthwiseProblem& p) {
+  Parameters q{};
+  q.x = p.x.data;
+  q.weight = p.weight.data;
+  q.bias = p.bias.data;
+  q.y = p.y.data;
+  q.x_image = p.x.stride[0];
+  q.y_image = p.y.stride[0];
+  q.weight_channel = p.weight.stride[0];
+  q.weight_tap = tap_stride(p);
+  q.bias_channel = p.bias.stride[0];
+  q.channels = static_cast<int>(p.channels);
+  q.dtype = p.dtype;
+  q.activation = p.activation;
+  return q;
+}
+
 // The columns that a thread reads and that exist: [first, first + count) of those 0, 1, ... it numbers.
 struct Inside {
   int first, count;
@@ -121,9 +153,6 @@ __device__ void stage_taps(float* to, int pitch, const S* weight, int64_t channe
 
 // What every row of this family asks of a problem: null, or the reason why not. taps of kAnyTaps are any number.
 const char* why_not_rows(const DepthwiseProblem& p, int taps, int stride);
-
-// The step from one tap of a filter to the next, rows of taps included.
-int64_t tap_stride(const DepthwiseProblem& p);
 
 constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
 constexpr const char* kGridTooLarge = "more blocks than a grid holds";

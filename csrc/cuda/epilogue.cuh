@@ -28,7 +28,7 @@ __device__ inline void activate_values(T (&values)[count], const ActivationSpec&
     case Activation::relu6: return apply.template operator()<Activation::relu6>();
     default: break;
   }
-  T copy[count];
+  T copy[count + 1];  // of two arrays of one size nvcc makes one, in memory from the first sum on
 #pragma unroll
   for (int i = 0; i < count; ++i) copy[i] = values[i];
   activate_in_memory(copy, count, activation);

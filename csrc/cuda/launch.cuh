@@ -18,6 +18,12 @@ void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int th
   check_launch(name);
 }
 
+// The number, of which the compiler then knows nothing.
+__device__ inline int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // The dynamic shared memory of the block, aligned for vectors.
 template <class T>
 __device__ T* shared_memory() {

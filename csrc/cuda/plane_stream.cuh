@@ -37,26 +37,44 @@ struct Planes {
   int64_t plane;
   int row;
   int plane_pitch, row_pitch;
-  bool rows_are_one, planes_are_one;  // contiguous in both
-  bool in_quads;                      // 4 values at once: all runs start equally far behind a vector's place
+  int run, skew;               // after every run of planes `skew` more floats
+  bool with_gaps;              // the stream visits these too: fewer bank conflicts, but cut sectors
+  bool rows_are_one;           // contiguous in both
+  bool planes_of_run_are_one;  // contiguous in both
+  bool in_quads;               // 4 values at once: all runs start equally far behind a vector's place
+
+  DSCONV_HD int at(int plane_index) const { return plane_index * plane_pitch + plane_index / run * skew; }
 };
 
 // Rows of a map of `size`, whole and packed, or cut: then each starts as far behind a vector's place as in memory.
-// plane_pitch may grow before settle().
-inline Planes planes_of(const View& view, const int64_t (&size)[3], int rows, int width, bool whole_rows) {
+inline Planes planes_of(const View& view, const int64_t (&size)[3], int rows, int width, bool whole_rows,
+                        bool whole_columns) {
   Planes q{};
   q.plane = view.stride[1];
   q.row = static_cast<int>(size[1] > 1 ? view.stride[3] : size[2]);
   q.row_pitch = whole_rows ? width : static_cast<int>(round_up(width, 4));
   q.plane_pitch = rows * q.row_pitch;
   q.rows_are_one = rows == 1 || (whole_rows && q.row == width);
+  q.planes_of_run_are_one = whole_rows && whole_columns && q.rows_are_one && q.plane == q.plane_pitch;
+  if (!q.planes_of_run_are_one) q.plane_pitch = static_cast<int>(round_up(q.plane_pitch, 4));
   return q;
 }
-// `whole`: the box holds all rows and columns of the map.
-inline void settle(Planes& q, bool whole) {
-  q.planes_are_one = whole && q.rows_are_one && q.plane == q.plane_pitch;
+// Is every group of so many planes as far behind a vector's place as the first?
+inline bool can_group(const Planes& q, int planes) {
+  return !q.planes_of_run_are_one || planes * q.plane_pitch % 4 == 0;
+}
+// The floats that are to lie between groups of planes which start an odd multiple of `step` floats apart: a power of two
+// from 4 on, or 0 for no matter where.
+inline int skew_of(const Planes& q, int group, int step) {
+  int skew = 0;
+  for (int size = group * q.plane_pitch; step > 0 && ((size + skew) & -(size + skew)) != step;) skew += 4;
+  return skew;
+}
+inline void spread(Planes& q, int planes, int group, int step) {
+  q.skew = skew_of(q, group, step);
+  q.run = q.skew > 0 ? group : planes;
   q.in_quads = (q.rows_are_one || (q.row % 4 == 0 && q.row_pitch % 4 == 0)) &&
-               (q.planes_are_one || (q.plane % 4 == 0 && q.plane_pitch % 4 == 0));
+               (q.planes_of_run_are_one || planes == 1 || q.plane % 4 == 0);
 }
 
 // The values between the 4-value vector that holds data[first] and data[first].
@@ -71,22 +89,28 @@ template <class Quad, class Single>
 __device__ inline int stream_planes(const Planes& q, const void* data, int64_t first, DType dtype, int planes, int rows,
                                     int width, Quad quad, Single single) {
   const int behind = behind_vector(q, data, first, dtype), unit = q.in_quads ? 4 : 1;
+  if (width <= 0 || rows <= 0) return behind;
+  int runs = planes, planes_of_run = 1, pitch = q.row_pitch;
   if (q.rows_are_one) {
     width *= rows;
     rows = 1;
+    pitch = q.plane_pitch;
   }
-  if (q.planes_are_one) {
-    width *= planes;
-    planes = 1;
+  if (q.planes_of_run_are_one) {
+    runs = (planes + q.run - 1) / q.run;
+    planes_of_run = q.run;
+    pitch = q.run * q.plane_pitch + q.skew;
   }
-  if (width <= 0 || rows <= 0) return behind;
-  for_stream(planes, rows, (behind + width + unit - 1) / unit, [&](int plane, int row, int index) {
-    const int column = unit * index - behind;
+  const int end = behind + width * planes_of_run;
+  const int length = q.with_gaps && pitch > end ? pitch : end;
+  for_stream(runs, rows, (length + unit - 1) / unit, [&](int run, int row, int index) {
+    const int plane = run * planes_of_run, column = unit * index - behind;
+    const int count = width * (planes - plane < planes_of_run ? planes - plane : planes_of_run);
     const int64_t global = first + plane * q.plane + row * q.row + column;
-    const int at = plane * q.plane_pitch + row * q.row_pitch + behind + column;
-    if (q.in_quads && column >= 0 && column + 4 <= width) return quad(global, at);
+    const int at = (q.planes_of_run_are_one ? run * pitch : q.at(plane)) + row * q.row_pitch + behind + column;
+    if (q.in_quads && column >= 0 && column + 4 <= count) return quad(global, at);
 #pragma unroll 1
-    for (int i = column < 0 ? -column : 0; i < unit && column + i < width; ++i) single(global + i, at + i);
+    for (int i = column < 0 ? -column : 0; i < unit && column + i < count; ++i) single(global + i, at + i);
   });
   return behind;
 }

@@ -3,6 +3,7 @@
 //
 //   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
 //   driver --record FILE       the same, and each launch to the file as simt.h says
+//   driver --dry               the same lines: the kernel that each would launch; memory is never touched
 //   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
 //   driver --primitive NAME    a kernel of primitives.cu: words in from the standard input, words out (hexadecimal)
 //   driver --choose            the problems of the standard input on every GPU of kGpus: the row chosen, its grid
@@ -21,6 +22,9 @@
 namespace dsconv::cuda {
 // Nothing is queued here, so no launch fails.
 void check_launch(const char*) {}
+
+template <class Index>
+void launch_direct(const DepthwiseProblem&, const Runtime&);
 }  // namespace dsconv::cuda
 
 namespace dsconv::simt_test {
@@ -31,7 +35,16 @@ using namespace core_test;
 constexpr simt::Order kOrders[] = {simt::Order::forward, simt::Order::reverse, simt::Order::shuffled};
 constexpr const char* kOrderNames[] = {"forward", "reverse", "shuffled"};
 
+// The general row with offsets of 64 bits, whatever the size.
+constexpr Kernel<DepthwiseProblem> kDirectWide = {
+    [](const DepthwiseProblem&) -> const char* { return nullptr; },
+    [](const DepthwiseProblem&, int) -> size_t { return 0; },
+    [](const DepthwiseProblem& p, const Runtime& runtime, void*) { cuda::launch_direct<int64_t>(p, runtime); },
+};
+
 const Row& row_called(const std::string& name) {
+  static const Row wide{Pass::depthwise_fwd, "depthwise_fwd_direct_wide_cuda", Target::cuda, 0, &kDirectWide};
+  if (name == wide.name) return wide;
   for (const Row& row : kernel_table()) {
     if (name == row.name && row.target == Target::cuda) return row;
   }
@@ -303,6 +316,18 @@ bool choose_on_all(const Spec& spec) {
   return good;
 }
 
+bool launch_dry(const std::string& line) {
+  const size_t space = line.find(' ');
+  const Row& row = row_called(line.substr(0, space));
+  const Spec spec = parse(line.substr(space + 1));
+  simt::dry = true;
+  with_problem(spec, imagined_views(spec), {}, [&]<class Problem>(const Problem& problem) {
+    kernel_of<Problem>(row).launch(problem, runtime, nullptr);
+  });
+  std::printf("%s\n", simt::largest.kernel);
+  return true;
+}
+
 bool choose_randomly(const std::string& name, int64_t count, uint64_t seed) {
   Pass pass{};
   read(name, pass);
@@ -327,7 +352,7 @@ int main(int count, char** words) {
     if (option == "--record") simt::record = std::fopen(words[2], "w");
     if (option == "--gpu") runtime.threads = std::stoi(words[2]);
     for (std::string line; std::getline(std::cin, line);)
-      good &= option == "--choose" ? choose_on_all(parse(line)) : answer(line);
+      good &= option == "--choose" ? choose_on_all(parse(line)) : option == "--dry" ? launch_dry(line) : answer(line);
     return good ? 0 : 1;
   } catch (const std::exception& error) {
     std::printf("FAILED: %s\n", error.what());

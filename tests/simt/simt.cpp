@@ -252,6 +252,7 @@ void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& th
                     " bytes of shared memory");
   largest.blocks = std::max(largest.blocks, grid.blocks);
   largest.shared_bytes = std::max(largest.shared_bytes, grid.shared_bytes);
+  largest.kernel = kernel.name;
   if (dry) return;
   m.threads = grid.threads;
   m.shared_bytes = grid.shared_bytes;

@@ -48,9 +48,10 @@ void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& th
 // Unless null: launches in forward order are written there for tests/ptx.py, with all buffers before and after.
 extern std::FILE* record;
 
-// Largest grid and shared memory of the runs so far.
+// Largest grid and shared memory of the runs so far, and the last kernel.
 struct Extent {
   int64_t blocks, shared_bytes;
+  const char* kernel;
 };
 extern Extent largest;
 

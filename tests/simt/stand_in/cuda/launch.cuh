@@ -17,6 +17,8 @@ void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int th
             {blocks, threads, shared_bytes}, [&] { kernel(parameters); });
 }
 
+inline int opaque(int number) { return number; }
+
 template <class T>
 T* shared_memory() {
   return static_cast<T*>(simt::shared_memory());

@@ -3,6 +3,5 @@
 namespace dsconv::cuda {
 
 extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys1 = kernel_of_rows<Nhwc<false, kAnyTaps, 1>>();
-extern const Kernel<DepthwiseProblem> nhwc_narrow_kanys2 = kernel_of_rows<Nhwc<false, kAnyTaps, 2>>();
 
 }  // namespace dsconv::cuda
