@@ -90,6 +90,8 @@ wheel: $(STAMP) ## build a wheel into dist/, print its size and contents
 
 WHEEL_CHECK := $(CURDIR)/build/wheel-check
 
+# Without the clone on the path, where pip would find the package installed already.
+wheel-check: export PYTHONPATH :=
 wheel-check: wheel ## test the wheel in fresh environments with this torch and with the oldest one
 	rm -rf "$(WHEEL_CHECK)"
 	mkdir -p "$(WHEEL_CHECK)"
@@ -97,7 +99,7 @@ wheel-check: wheel ## test the wheel in fresh environments with this torch and w
 	for what in "$(TORCH) test,demo" "$(TORCH_OLDEST) test"; do \
 	    $(PYTHON) -m venv --clear "$(WHEEL_CHECK)/venv"; \
 	    "$(WHEEL_CHECK)/venv/bin/python" -m pip install $${what% *} "$$(echo dist/*.whl)[$${what##* }]"; \
-	    (cd "$(WHEEL_CHECK)" && env -u PYTHONPATH venv/bin/python -m pytest -q -n auto tests); \
+	    (cd "$(WHEEL_CHECK)" && venv/bin/python -m pytest -q -n auto tests); \
 	done
 
 gpu-check: build ## run the GPU tests, write build/gpu-report.txt
