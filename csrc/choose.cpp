@@ -19,6 +19,11 @@ DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
 DSCONV_DECLARE_CPU(portable)
 #undef DSCONV_DECLARE_CPU
+namespace cpu::avx512 {  // with AMX
+extern const Kernel<PointwiseProblem> tiles_forward;
+extern const Kernel<SeparableProblem> fused_tiles_forward;
+extern const Packer<PointwiseProblem> tile_packer;
+}  // namespace cpu::avx512
 namespace cpu::reference {
 extern const Kernel<DepthwiseProblem> depthwise_forward, depthwise_grad_input, depthwise_grad_weight, depthwise_mask;
 extern const Kernel<PointwiseProblem> pointwise_forward, pointwise_grad_weight;
@@ -44,8 +49,20 @@ const std::vector<Row>& kernel_table() {
   return table;
 }
 
+namespace {
+
+// The instruction set whose kernels, and whose packed weights, a problem takes: AMX multiplies bfloat16 alone.
+Target packing_target(const DepthwiseProblem&, Target target) { return std::min(target, Target::avx512); }
+Target packing_target(const PointwiseProblem& p, Target target) {
+  return p.dtype == DType::bf16 ? target : std::min(target, Target::avx512);
+}
+Target packing_target(const SeparableProblem& p, Target target) { return packing_target(p.pointwise, target); }
+
+}  // namespace
+
 template <>
-const Packer<DepthwiseProblem>& packer_of(Target target) {
+const Packer<DepthwiseProblem>& packer_of(const DepthwiseProblem& p, Target target) {
+  target = packing_target(p, target);
 #if DSCONV_X86
   if (target == Target::avx512) return cpu::avx512::rows_packer;
   if (target == Target::avx2) return cpu::avx2::rows_packer;
@@ -53,8 +70,10 @@ const Packer<DepthwiseProblem>& packer_of(Target target) {
   return cpu::portable::rows_packer;
 }
 template <>
-const Packer<PointwiseProblem>& packer_of(Target target) {
+const Packer<PointwiseProblem>& packer_of(const PointwiseProblem& p, Target target) {
+  target = packing_target(p, target);
 #if DSCONV_X86
+  if (target == Target::amx) return cpu::avx512::tile_packer;
   if (target == Target::avx512) return cpu::avx512::panel_packer;
   if (target == Target::avx2) return cpu::avx2::panel_packer;
 #endif
@@ -67,7 +86,7 @@ const char* name_of(Pass pass) {
   return kNames[static_cast<int>(pass)];
 }
 const char* name_of(Target target) {
-  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "cuda"};
+  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx", "cuda"};
   return kNames[static_cast<int>(target)];
 }
 const char* name_of(DType dtype) {
@@ -94,9 +113,9 @@ Cost cost_of(const PointwiseProblem& p) {
 }
 
 double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine) {
-  // A narrower instruction set halves the rate per step; fp64 halves it again.
-  const int steps =
-      machine.target == Target::cuda ? 0 : static_cast<int>(machine.target) - static_cast<int>(row.target);
+  // Vectors of half the width halve the rate; fp64 halves it again.
+  const auto width = [](Target target) { return static_cast<int>(std::min(target, Target::avx512)); };
+  const int steps = machine.target == Target::cuda ? 0 : width(machine.target) - width(row.target);
   const double rate = machine.peak_gflops * row.efficiency / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
   // The sum, not the larger: of two rows that wait for the same memory the one with less arithmetic is the better.
@@ -129,12 +148,12 @@ const DepthwiseProblem& with_packed(const DepthwiseProblem& p) { return p; }
 const PointwiseProblem& with_packed(const PointwiseProblem& p) { return p; }
 const DepthwiseProblem& with_packed(const SeparableProblem& p) { return p.depthwise; }
 
-// Weights that are there in packed form alone were packed for the machine's own instruction set.
+// Weights that are there in packed form alone were packed for the best instruction set that the machine has for them.
 template <class Problem>
 const char* why_not_packed(const Row& row, const Problem& problem, const Machine& machine) {
   const auto& p = with_packed(problem);
   if (!p.packed || p.weight.data) return nullptr;
-  const bool reads_them = kernel_of<Problem>(row).reads_packed && row.target == machine.target;
+  const bool reads_them = kernel_of<Problem>(row).reads_packed && row.target == packing_target(problem, machine.target);
   return reads_them ? nullptr : "the weights are packed, and not for it";
 }
 

@@ -21,8 +21,8 @@ enum class Pass : uint8_t {
   separable_fwd
 };
 
-// Instruction sets in ascending order, then devices.
-enum class Target : uint8_t { portable, avx2, avx512, cuda };
+// Instruction sets in ascending order, then devices. amx: AVX-512 with tiles that multiply bfloat16.
+enum class Target : uint8_t { portable, avx2, avx512, amx, cuda };
 
 // The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
 struct Machine {
@@ -45,8 +45,9 @@ struct Row {
 };
 
 const std::vector<Row>& kernel_table();
+// Of the kernels for a problem that have this instruction set, or the next lower one that has any of their own.
 template <class Problem>
-const Packer<Problem>& packer_of(Target target);  // of an instruction set
+const Packer<Problem>& packer_of(const Problem& problem, Target target);
 const char* name_of(Pass pass);
 const char* name_of(Target target);
 const char* name_of(DType dtype);

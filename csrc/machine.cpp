@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/tile_product.h"
+
 namespace dsconv {
 
 Target detected_isa() {
@@ -13,7 +15,8 @@ Target detected_isa() {
     return Target::portable;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Target::avx512 : Target::avx2;
+  if (!avx512) return Target::avx2;
+  return cpu::amx::is_available() ? Target::amx : Target::avx512;
 #else
   return Target::portable;
 #endif
@@ -27,12 +30,12 @@ const Machine& cpu_machine() {
       Target limit = Target::portable;
       while (limit != Target::cuda && name != name_of(limit)) limit = static_cast<Target>(static_cast<int>(limit) + 1);
       if (limit == Target::cuda)
-        throw std::runtime_error("DSCONV_CPU_ISA: got '" + name + "', expected avx512, avx2 or portable");
+        throw std::runtime_error("DSCONV_CPU_ISA: got '" + name + "', expected amx, avx512, avx2 or portable");
       target = std::min(target, limit);
     }
     // One core of a server of the 2020s: 32, 16 or 8 fp32 multiply-adds per cycle at 2 GHz, measured bandwidths of L2
     // and L3.
-    const double peak = 2 * 2.0 * (target == Target::avx512 ? 32 : target == Target::avx2 ? 16 : 8);
+    const double peak = 2 * 2.0 * (target >= Target::avx512 ? 32 : target == Target::avx2 ? 16 : 8);
     return Machine{target, 0, peak, 55, 15, 2 << 20};
   }();
   return machine;

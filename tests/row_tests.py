@@ -12,7 +12,7 @@ import choices
 from cases import Case
 from judges import check
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 
 
 def row_parameters(*passes: str) -> list:

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from conftest import ROOT
 from dsconv_ext import _build
 
 DRIVER = "tests/core/driver.cpp"
-TARGETS = ["portable", "avx2", "avx512"]
+TARGETS = ["portable", "avx2", "avx512", "amx"]
+PLAIN_COMPILER = os.environ.get("CXX", "g++")
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,17 @@ class Variant:
     name: str
     flags: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
-    compiler: str = os.environ.get("CXX", "g++")
+    compiler: str = PLAIN_COMPILER
     x86: bool = _build.IS_X86
     runner: tuple[str, ...] = ()
     block_flags: tuple[str, ...] | None = None  # instead of `flags`, for the block kernels
+    emulates_amx: bool = False
+    mistake: tuple[str, str] | None = None  # in tile_product.cpp: what it says, and what it should not
+
+    @property
+    def is_library(self) -> bool:
+        """Whether the kernels are those of the library, object by object."""
+        return not self.flags and self.x86 == _build.IS_X86 and self.compiler == PLAIN_COMPILER
 
 
 # -O1 and frame pointers: a sanitized -O3 build takes minutes and its traces point nowhere.
@@ -51,6 +60,10 @@ ADDRESS = Variant(
 THREAD = Variant("tsan", (*SANITIZED, "-fsanitize=thread"), ("-fsanitize=thread",))
 # Static: the emulator then needs no libraries of the other architecture.
 AARCH64 = Variant("aarch64", link=("-static",), compiler="aarch64-linux-gnu-g++", x86=False, runner=("qemu-aarch64",))
+# tile_product.cpp with registers and instructions of its own (core/emulated), and the rest of AVX-512's namespace in
+# vectors of AVX2: every bfloat16 row of AMX, on a processor that has neither.
+AMX = Variant("amx", emulates_amx=True)
+AMX_ADDRESS = replace(ADDRESS, name="amx-asan", emulates_amx=True)
 
 
 def need(*programs: str) -> None:
@@ -67,26 +80,72 @@ def core_sources(x86: bool) -> list[str]:
     return [*(s for s in library if x86 or _build.isa_of(s) == "baseline"), DRIVER]
 
 
+def ready_object(variant: Variant, source: str) -> str | None:
+    """The object of a source where another build has made it, with the same flags."""
+    is_product = Path(source).stem == "tile_product"
+    if variant.mistake and not is_product:
+        return ready_object(AMX, source) or str(folder_of(AMX) / object_of(source))
+    is_other = variant.emulates_amx and (is_product or _build.isa_of(source) == "avx512")
+    is_kernel = source.startswith("csrc/cpu/") and variant.is_library and not is_other
+    return native.built_object(source) if is_kernel else None
+
+
+def compile_lines(variant: Variant, source: str) -> list[str]:
+    """How to compile a source: the library's flags for its instruction set, then the variant's."""
+    isa, path = _build.isa_of(source), ROOT / source
+    is_block = path.name.startswith("blocks_")
+    own = variant.flags if variant.block_flags is None or not is_block else variant.block_flags
+    includes = [f"{ROOT}/tests/core/emulated"] if variant.emulates_amx else []
+    includes += _build.INCLUDE_DIRS
+    if variant.mistake:
+        path = rewritten(path, folder_of(variant), re.escape(variant.mistake[0]), variant.mistake[1])
+    elif variant.emulates_amx and (isa == "avx512" or path.name == "machine.cpp"):
+        # takes AVX2's vectors for AVX-512's, and asks the processor for no more
+        pattern = r'(?<=DSCONV_VECTOR_BYTES )64\b|(?<=cpu_supports\(")avx512\w+'
+        path = rewritten(path, folder_of(variant), pattern, lambda found: "32" if found[0] == "64" else "avx2")
+        isa = isa.replace("avx512", "avx2")
+    flags = [*_build.CXX_FLAGS, "-DDSCONV_CUDA=0", f"-DDSCONV_X86={int(variant.x86)}", *(f"-I{i}" for i in includes)]
+    flags += ["-pthread", *_build.ISA_FLAGS[isa], *own]
+    return [f"build {object_of(source)}: compile {path}", f"  flags = {' '.join(flags)}"]
+
+
 def ninja_lines(variant: Variant) -> list[str]:
-    """What to build: the library's flags for each instruction set, then the variant's."""
-    defines = ["-DDSCONV_CUDA=0", f"-DDSCONV_X86={int(variant.x86)}"]
-    includes = [f"-I{path}" for path in _build.INCLUDE_DIRS]
-    common = [*_build.CXX_FLAGS, *defines, *includes, "-pthread"]
+    """What to build."""
     lines, objects = [f"cxx = {variant.compiler}"], []
     for source in core_sources(variant.x86):
-        is_block = Path(source).name.startswith("blocks_")
-        own = variant.flags if variant.block_flags is None or not is_block else variant.block_flags
-        flags = [*common, *_build.ISA_FLAGS[_build.isa_of(source)], *own]
-        objects.append(source.replace("/", "_") + ".o")
-        lines += [f"build {objects[-1]}: compile {ROOT / source}", f"  flags = {' '.join(flags)}"]
+        ready = ready_object(variant, source)
+        objects.append(ready or object_of(source))
+        lines += [] if ready else compile_lines(variant, source)
     lines += [f"build driver: link {' '.join(objects)}", f"  flags = -pthread {' '.join(variant.link)}"]
     return lines
+
+
+def rewritten(source: Path, folder: Path, pattern: str, by: str | Callable[[re.Match], str]) -> Path:
+    """A copy of a source in which something else stands."""
+    text = source.read_text()
+    changed = re.sub(pattern, by, text)
+    assert changed != text, source
+    copy = folder / source.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not copy.exists() or copy.read_text() != changed:
+        copy.write_text(changed)
+    return copy
+
+
+def object_of(source: str) -> str:
+    return source.replace("/", "_") + ".o"
+
+
+def folder_of(variant: Variant) -> Path:
+    return ROOT / "build" / f"core-{variant.name}"
 
 
 @functools.cache
 def build(variant: Variant) -> Path:
     """The driver, compiled as far as its sources have changed."""
-    folder = ROOT / "build" / f"core-{variant.name}"
+    if variant.mistake:
+        build(AMX)
+    folder = folder_of(variant)
     native.build(folder, ninja_lines(variant))
     return folder / "driver"
 
@@ -133,6 +192,31 @@ def check_noticed(done: subprocess.CompletedProcess, complaint: str) -> None:
 
 def test_every_row():
     check_all_rows(drive(PLAIN, "--count", "60"), PLAIN.x86)
+
+
+@pytest.mark.skipif(not PLAIN.x86, reason="emulates AMX on x86-64")
+def test_every_row_with_amx():
+    check_all_rows(drive(AMX, "--count", "60"), AMX.x86, "amx")
+
+
+# A mistake in the use of tiles, and what the emulated processor or the judges must say of it.
+TILE_MISTAKES = {
+    "no-begin": ("configure_tiles(config);", "", "emulated AMX: a tile that is not configured"),
+    "no-end": ("release_tiles();", "", "emulated AMX: configured again before it was released"),
+    "no-clear": ("clear_tile<3>();", "", "got .*, expected"),
+    "other-rows": ("multiply_tiles<2, 5, 6>", "multiply_tiles<2, 4, 6>", "got .*, expected"),
+    "other-columns": ("b + kStepValues / 2", "b", "got .*, expected"),
+    "exchanged": ("multiply_tiles<0, 4, 6>", "multiply_tiles<0, 6, 4>", "got .*, expected"),
+    "short-step": ("a += kStep,", "a += kStep / 2,", "got .*, expected"),
+}
+
+
+@pytest.mark.skipif(not PLAIN.x86, reason="emulates AMX on x86-64")
+@pytest.mark.parametrize("mistake", TILE_MISTAKES)
+def test_a_wrong_use_of_tiles_is_noticed(mistake):
+    there, instead, complaint = TILE_MISTAKES[mistake]
+    variant = replace(AMX, name=f"amx-{mistake}", mistake=(there, instead))
+    check_noticed(drive(variant, "--count", "12", "--target", "amx"), complaint)
 
 
 @pytest.mark.slow
@@ -182,6 +266,12 @@ def test_a_planted_bug_is_noticed_in_every_row(bug):
 @pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers():
     check_all_rows(drive(ADDRESS, "--count", "60"), ADDRESS.x86)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PLAIN.x86, reason="emulates AMX on x86-64")
+def test_sanitizers_with_amx():
+    check_all_rows(drive(AMX_ADDRESS, "--count", "60"), AMX_ADDRESS.x86, "amx")
 
 
 @pytest.mark.slow

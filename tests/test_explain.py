@@ -158,7 +158,7 @@ def test_the_instruction_set_can_be_limited(python, isa):
 
 
 def test_an_unknown_instruction_set_is_refused(python):
-    with pytest.raises(AssertionError, match="DSCONV_CPU_ISA: got 'sse9', expected avx512, avx2 or portable"):
+    with pytest.raises(AssertionError, match="DSCONV_CPU_ISA: got 'sse9', expected amx, avx512, avx2 or portable"):
         python(CHOICES, DSCONV_CPU_ISA="sse9")
 
 

@@ -20,11 +20,11 @@ DSCONV_INLINE TilePlan plan_rows(const int64_t (&size)[3], int64_t depth) {
   const int64_t rows = max64(8, min64(kMaxTaskRows, kRowElements / depth));
   return plan_tiles(size, rows);
 }
-// Row stride of A: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
-template <class T>
+// Row stride of A, whole cache lines: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
+template <class A>
 DSCONV_INLINE int64_t row_stride(int64_t depth) {
-  return round_up(depth, kBlock<T>) +
-         kBlock<T> * (round_up(depth, kBlock<T>) * static_cast<int64_t>(sizeof(T)) % 256 == 0);
+  const int64_t whole = round_up(depth, kBlock<A>);
+  return whole + (whole * static_cast<int64_t>(sizeof(A)) % 256 == 0 ? kBlock<A> : 0);
 }
 
 // One row of columns of a tensor: data, and the elements between channels and columns.
@@ -56,26 +56,101 @@ static void gather_rows(T* a, int64_t width, const View& view, int64_t image, in
   });
 }
 
-// Do the positions of any tile lie one column apart, channels side by side, in the compute type?
-template <class S>
+// Do the positions of any tile lie one column apart, channels side by side?
 DSCONV_INLINE bool has_plain_rows(const View& v, const int64_t (&size)[3]) {
-  return sizeof(S) == sizeof(Compute<S>) && v.stride[1] == 1 &&
-         (size[1] == 1 || v.stride[3] == size[2] * v.stride[4]) &&
+  return v.stride[1] == 1 && (size[1] == 1 || v.stride[3] == size[2] * v.stride[4]) &&
          (size[0] == 1 || v.stride[2] == size[1] * v.stride[3]);
 }
 
-// How the products of a pointwise convolution reach its output: written there by the microkernel, or from a panel of the
-// compute type that lies in L1.
+// What multiplies: the type of the rows of A and how they are filled, how weights are packed, and a panel's product.
+// This one is of vectors, in the compute type.
 template <class S>
+struct VectorProduct {
+  using T = Compute<S>;
+  using A = T;                                               // rows of A and packed weights
+  using Direct = T;                                          // what it writes rows of outputs as
+  static constexpr int kColumns = kPanel<T>, kRowBlock = 1;  // outputs of a panel, rows that are read together
+
+  static void begin() {}
+  static void end() {}
+
+  static int64_t panel_values(int64_t depth) { return kColumns * depth; }
+  // Weights [K, C] (any strides) as panels [K / kColumns][C][kColumns]; columns past K are zero.
+  static void pack(T* packed, const View& weight, int64_t out_channels, int64_t in_channels) {
+    for (int64_t first = 0; first < out_channels; first += kColumns) {
+      const int64_t columns = min64(kColumns, out_channels - first);
+      const S* source = static_cast<const S*>(weight.data) + first * weight.stride[0];
+      for (int64_t c = 0; c < in_channels; ++c, packed += kColumns) {
+        for (int64_t k = 0; k < columns; ++k) packed[k] = widen(source[k * weight.stride[0] + c * weight.stride[1]]);
+        for (int64_t k = columns; k < kColumns; ++k) packed[k] = T(0);
+      }
+    }
+  }
+
+  static void clear_tails(T*, int64_t, int64_t, int64_t) {}
+  static void gather(T* a, int64_t lda, const View& view, int64_t image, int64_t channels, const Box& box) {
+    gather_rows<S>(a, lda, view, image, 0, channels, box);
+  }
+  static void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, const Epilogue<T>& e) {
+    multiply_panel(a, lda, rows, panel, depth, e);
+  }
+};
+
+// Packed weights, and the rows of A and of outputs of one thread.
+template <class Product>
+struct ProductBuffers {
+  using T = typename Product::T;
+  using A = typename Product::A;
+
+  static int64_t packed_values(const PointwiseProblem& p) {
+    return ceil_div(p.out_channels, Product::kColumns) * Product::panel_values(p.in_channels);
+  }
+  static int64_t shared_bytes(const PointwiseProblem& p) { return piece_bytes<A>(p.packed ? 0 : packed_values(p)); }
+  static const A* packed_weights(const PointwiseProblem& p, Arena& arena) {
+    if (p.packed) return static_cast<const A*>(p.packed);
+    A* packed = take<A>(arena, packed_values(p));
+    Product::pack(packed, p.weight, p.out_channels, p.in_channels);
+    return packed;
+  }
+
+  static int64_t row_values(const PointwiseProblem& p, const TilePlan& plan) {
+    return round_up(plan.staged, Product::kRowBlock) * row_stride<A>(p.in_channels);
+  }
+  static int64_t slot_bytes(const PointwiseProblem& p, const TilePlan& plan) {
+    return piece_bytes<A>(row_values(p, plan)) + piece_bytes<T>(plan.staged * Product::kColumns);
+  }
+  A* a;
+  T* c;
+  ProductBuffers(const PointwiseProblem& p, const TilePlan& plan, Arena& own)
+      : a(take<A>(own, row_values(p, plan))), c(take<T>(own, plan.staged * Product::kColumns)) {
+    Product::clear_tails(a, plan.staged, row_stride<A>(p.in_channels), p.in_channels);
+  }
+};
+
+template <class Product>
+struct PackedWeights {
+  using A = typename Product::A;
+  static size_t bytes(const PointwiseProblem& p) { return ProductBuffers<Product>::packed_values(p) * sizeof(A); }
+  static void pack(const PointwiseProblem& p, void* out) {
+    Product::pack(static_cast<A*>(out), p.weight, p.out_channels, p.in_channels);
+  }
+};
+
+// How the products of a pointwise convolution reach its output: written there by the product, or from a panel of the
+// compute type that lies in L1.
+template <class S, class Product>
 struct PanelOutput {
   using T = Compute<S>;
+  using Direct = typename Product::Direct;
+  static constexpr int kColumns = Product::kColumns;
   const PointwiseProblem& p;
   bool direct, streamed;
   const T* bias;  // padded to whole panels
 
-  static int64_t bias_count(const PointwiseProblem& p) { return round_up(p.out_channels, kPanel<T>); }
+  static int64_t bias_count(const PointwiseProblem& p) { return round_up(p.out_channels, kColumns); }
   PanelOutput(const PointwiseProblem& p, int64_t input_bytes, Arena& arena) : p(p) {
-    direct = has_plain_rows<S>(p.y, p.size) && (!p.residual.data || has_plain_rows<S>(p.residual, p.size));
+    direct = sizeof(Direct) == sizeof(S) && has_plain_rows(p.y, p.size) &&
+             (!p.residual.data || has_plain_rows(p.residual, p.size));
     const int64_t bytes = input_bytes + numel(p.batch, p.out_channels, p.size) * static_cast<int64_t>(sizeof(S));
     streamed = kStreams && direct && bytes > kStreamedBytes && has_whole_lines<S>(p.y, p.out_channels);
     T* padded = take<T>(arena, bias_count(p));
@@ -86,28 +161,32 @@ struct PanelOutput {
     bias = padded;
   }
 
-  // All panels of one task, whose rows of A are ready; `c` holds a panel of them.
-  void multiply(const T* a, int64_t lda, const T* panels, T* c, int64_t image, const Box& box) const {
-    for (int64_t k = 0; k < p.out_channels; k += kPanel<T>, panels += p.in_channels * kPanel<T>) {
-      Epilogue<T> e{c, kPanel<T>};
-      e.bias = bias + k;
-      e.activation = p.activation;
+  // All panels of one task, whose rows of A are ready; buffers.c holds a panel of outputs.
+  void multiply(const ProductBuffers<Product>& buffers, const typename Product::A* panel, int64_t image,
+                const Box& box) const {
+    const int64_t lda = row_stride<typename Product::A>(p.in_channels), rows = product(box.extent);
+    T* const c = buffers.c;
+    for (int64_t k = 0; k < p.out_channels; k += kColumns, panel += Product::panel_values(p.in_channels)) {
       if (direct) {
-        e.columns = min64(kPanel<T>, p.out_channels - k);
-        e.streamed = streamed;
-        e.y = position<T>(p.y, image, k, box);
-        e.y_step = p.y.stride[4];
-        e.residual = p.residual.data ? position<T>(p.residual, image, k, box) : nullptr;
+        Epilogue<T, Direct> e{position<Direct>(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k),
+                              bias + k};
+        e.residual = p.residual.data ? position<Direct>(p.residual, image, k, box) : nullptr;
         e.residual_step = p.residual.stride[4];
-      } else if (p.residual.data) {
-        gather_rows<S>(c, kPanel<T>, p.residual, image, k, p.out_channels, box);
-        e.residual = c;
-        e.residual_step = kPanel<T>;
+        e.activation = p.activation;
+        e.streamed = streamed;
+        Product::multiply(buffers.a, lda, rows, panel, p.in_channels, e);
+        continue;
       }
-      multiply_panel(a, lda, product(box.extent), panels, p.in_channels, e);
-      if (direct) continue;
+      Epilogue<T> e{c, kColumns, kColumns, bias + k};
+      e.activation = p.activation;
+      if (p.residual.data) {
+        gather_rows<S>(c, kColumns, p.residual, image, k, p.out_channels, box);
+        e.residual = c;
+        e.residual_step = kColumns;
+      }
+      Product::multiply(buffers.a, lda, rows, panel, p.in_channels, e);
       for_rows<S>(p.y, image, box, [&](int64_t position, const BoxRow<S>& row) {
-        RowCopy<S>::scatter(row.data, c + position * kPanel<T>, kPanel<T>, k, p.out_channels, row.channel, row.column,
+        RowCopy<S>::scatter(row.data, c + position * kColumns, kColumns, k, p.out_channels, row.channel, row.column,
                             box.extent[2]);
       });
     }
@@ -119,40 +198,33 @@ struct PanelOutput {
   }
 };
 
-template <class S>
+template <class S, class Product>
 struct Pointwise {
+  using Buffers = ProductBuffers<Product>;
+  using Output = PanelOutput<S, Product>;
   using T = Compute<S>;
 
-  static int64_t slot_bytes(const PointwiseProblem& p, const TilePlan& plan) {
-    return piece_bytes<T>(plan.staged * row_stride<T>(p.in_channels)) + piece_bytes<T>(plan.staged * kPanel<T>);
-  }
   static size_t workspace_bytes(const PointwiseProblem& p, int threads) {
-    const int64_t panels = p.packed ? 0 : packed_panels_count<T>(p.out_channels, p.in_channels);
-    return kBlockBytes + piece_bytes<T>(panels) + piece_bytes<T>(PanelOutput<S>::bias_count(p)) +
-           threads * slot_bytes(p, plan_rows(p.size, p.in_channels));
+    return kBlockBytes + Buffers::shared_bytes(p) + piece_bytes<T>(Output::bias_count(p)) +
+           threads * Buffers::slot_bytes(p, plan_rows(p.size, p.in_channels));
   }
   static void launch(const PointwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_rows(p.size, p.in_channels);
-    const int64_t lda = row_stride<T>(p.in_channels);
     Arena arena = arena_at(workspace);
-    const T* panels = static_cast<const T*>(p.packed);
-    if (!panels) {
-      T* packed = take<T>(arena, packed_panels_count<T>(p.out_channels, p.in_channels));
-      pack_panels<S>(packed, p.weight, p.out_channels, p.in_channels);
-      panels = packed;
-    }
+    const auto* panels = Buffers::packed_weights(p, arena);
     const int64_t input_bytes = numel(p.batch, p.in_channels, p.size) * static_cast<int64_t>(sizeof(S));
-    const PanelOutput<S> output(p, input_bytes, arena);
+    const Output output(p, input_bytes, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
-      Arena own{arena.next + slot * slot_bytes(p, plan)};
-      T* a = take<T>(own, plan.staged * lda);
-      T* c = take<T>(own, plan.staged * kPanel<T>);
+      Arena own{arena.next + slot * Buffers::slot_bytes(p, plan)};
+      const Buffers buffers(p, plan, own);
+      Product::begin();
       for (; task < end; ++task) {
         const int64_t image = task / plan.tiles;
         const Box box = tile_box(plan, p.size, task % plan.tiles);
-        gather_rows<S>(a, lda, p.a, image, 0, p.in_channels, box);
-        output.multiply(a, lda, panels, c, image, box);
+        Product::gather(buffers.a, row_stride<typename Product::A>(p.in_channels), p.a, image, p.in_channels, box);
+        output.multiply(buffers, panels, image, box);
       }
+      Product::end();
       if (output.streamed) end_stream();
     };
     const int64_t tasks = p.batch * plan.tiles;
@@ -206,7 +278,8 @@ struct PointwiseGradWeight {
           }
           for (int64_t first = 0; first < positions; first += kPositionChain) {
             const int64_t depth = min64(kPositionChain, positions - first);
-            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth, {chunk, kPanel<T>});
+            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth,
+                           {chunk, kPanel<T>, kPanel<T>});
             for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
           }
         }
@@ -237,56 +310,59 @@ DSCONV_INLINE void round_row(T* values, int64_t count) {
 }
 
 // Depthwise into the rows of A, then the panels: the depthwise map of a task never leaves the cache.
-template <class S>
+template <class S, class Product>
 struct Fused {
   using T = Compute<S>;
+  using A = typename Product::A;
   using Depthwise = Rows<S, false>;
+  using Buffers = ProductBuffers<Product>;
+  using Output = PanelOutput<S, Product>;
+  // Rows of A in the storage type are a tensor like others; those of the compute type are rounded as it would be.
+  static constexpr Delivery kDelivery = sizeof(A) == sizeof(T) ? Delivery::direct : Delivery::staged;
 
   static TilePlan plan_of(const SeparableProblem& p) {
     return plan_rows(p.depthwise.window.out, p.pointwise.in_channels);
   }
   static int64_t slot_bytes(typename Depthwise::Plan& rows, const SeparableProblem& p, const TilePlan& plan) {
-    return Depthwise::slot_bytes(rows) + Pointwise<S>::slot_bytes(p.pointwise, plan);
+    return Depthwise::slot_bytes(rows) + Buffers::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
-    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, Delivery::direct, false);
-    const int64_t panels =
-        p.pointwise.packed ? 0 : packed_panels_count<T>(p.pointwise.out_channels, p.pointwise.in_channels);
-    return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + piece_bytes<T>(panels) +
-           piece_bytes<T>(PanelOutput<S>::bias_count(p.pointwise)) + threads * slot_bytes(rows, p, plan_of(p));
+    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, kDelivery, false);
+    return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + Buffers::shared_bytes(p.pointwise) +
+           piece_bytes<T>(Output::bias_count(p.pointwise)) + threads * slot_bytes(rows, p, plan_of(p));
   }
 
   static void launch(const SeparableProblem& problem, const Runtime& runtime, void* workspace) {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    typename Depthwise::Plan rows = Depthwise::plan_of(dw, Delivery::direct, false);
-    const int64_t lda = row_stride<T>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
+    typename Depthwise::Plan rows = Depthwise::plan_of(dw, kDelivery, false);
+    const int64_t lda = row_stride<A>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);
-    const T* panels = static_cast<const T*>(pw.packed);
-    if (!panels) {
-      T* packed = take<T>(arena, packed_panels_count<T>(pw.out_channels, pw.in_channels));
-      pack_panels<S>(packed, pw.weight, pw.out_channels, pw.in_channels);
-      panels = packed;
-    }
+    const A* panels = Buffers::packed_weights(pw, arena);
     const int64_t input_bytes = numel(dw.batch, dw.channels, dw.window.in) * static_cast<int64_t>(sizeof(S));
-    const PanelOutput<S> output(pw, input_bytes, arena);
+    const Output output(pw, input_bytes, arena);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
-      T* a = take<T>(own, plan.staged * lda);
-      T* c = take<T>(own, plan.staged * kPanel<T>);
+      const Buffers buffers(pw, plan, own);
+      T* staged = take<T>(own, Depthwise::output_count(rows));
       typename Depthwise::Worker worker(rows, shared, own);
+      if (kDelivery == Delivery::staged) worker.row.staged = staged;
+      Product::begin();
       for (; task < end; ++task) {
         const int64_t image = task / plan.tiles;
         const Box box = tile_box(plan, dw.window.out, task % plan.tiles);
         for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
           worker.begin(image, chunk);
-          depthwise_tile(worker, rows.c, box, a, lda);
+          depthwise_tile(worker, rows.c, box, buffers.a, lda);
         }
-        for (int64_t i = 0; i < product(box.extent); ++i) round_row<S>(a + i * lda, pw.in_channels);
-        output.multiply(a, lda, panels, c, image, box);
+        if constexpr (kDelivery == Delivery::direct) {
+          for (int64_t i = 0; i < product(box.extent); ++i) round_row<S>(buffers.a + i * lda, pw.in_channels);
+        }
+        output.multiply(buffers, panels, image, box);
       }
+      Product::end();
       if (output.streamed) end_stream();
     };
     const int64_t tasks = pw.batch * plan.tiles;
@@ -294,19 +370,27 @@ struct Fused {
   }
 
   // The depthwise values of a box as rows of A, two rows of the map at a time where they are neighbours in a phase.
-  static void depthwise_tile(typename Depthwise::Worker& worker, const Correlation& c, const Box& box, T* a,
+  static void depthwise_tile(typename Depthwise::Worker& worker, const Correlation& c, const Box& box, A* a,
                              int64_t lda) {
     const int64_t width = box.extent[2], phases = c.phases(1), pair = phases == 1 ? 2 : 1;
     for (int64_t z = 0; z < box.extent[0]; ++z) {
       for (int64_t y = 0; y < box.extent[1]; y += pair) {
         const int64_t h = box.origin[1] + y;
         const int count = static_cast<int>(min64(pair, box.extent[1] - y));
-        T* to = a + ((z * box.extent[1] + y) * width - box.origin[2]) * lda;
+        A* to = a + ((z * box.extent[1] + y) * width - box.origin[2]) * lda;
         worker.compute(box.origin[0] + z, c.phase(1, h % phases), h / phases, count, box.origin[2],
                        box.origin[2] + width, to, width * lda, lda);
       }
     }
   }
 };
+
+// By storage type.
+template <class S>
+struct VectorPointwise : Pointwise<S, VectorProduct<S>> {};
+template <class S>
+struct VectorFused : Fused<S, VectorProduct<S>> {};
+template <class S>
+struct PackedPanels : PackedWeights<VectorProduct<S>> {};
 
 }  // namespace dsconv::cpu::DSCONV_ISA

@@ -78,22 +78,21 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const OptionalTens
   DepthwiseLayer depthwise = depthwise_layer(weight, bias, {stride, padding, dilation}, pointwise_weight ? mid : last);
   DSCONV_CHECK(groups > 0 && weight.size(0) % groups == 0, "groups", groups, "a divisor of the ", weight.size(0),
                " filters");
-  const Packer<DepthwiseProblem>& depthwise_packer = packer_of<DepthwiseProblem>(header.target);
-  const Packer<PointwiseProblem>& pointwise_packer = packer_of<PointwiseProblem>(header.target);
+  const Packer<DepthwiseProblem>& depthwise_packer = packer_of(depthwise.problem, header.target);
   const int64_t size = element_size(depthwise.problem.dtype);
   header.weight = take_part(header, depthwise_packer.bytes(depthwise.problem));
   if (bias) header.bias = take_part(header, bias->numel() * size);
   PointwiseProblem pointwise{};
   if (pointwise_weight) {
     pointwise = pointwise_layer(*pointwise_weight, pointwise_bias, depthwise, weight, last);
-    header.pointwise_weight = take_part(header, pointwise_packer.bytes(pointwise));
+    header.pointwise_weight = take_part(header, packer_of(pointwise, header.target).bytes(pointwise));
     if (pointwise_bias) header.pointwise_bias = take_part(header, pointwise_bias->numel() * size);
   }
   Tensor packed = empty_bytes(weight, header.bytes);
   depthwise_packer.pack(depthwise.problem, at(packed, header.weight));
   copy_bias(packed, header.bias, depthwise.problem.bias, depthwise.problem.dtype);
   if (pointwise_weight) {
-    pointwise_packer.pack(pointwise, at(packed, header.pointwise_weight));
+    packer_of(pointwise, header.target).pack(pointwise, at(packed, header.pointwise_weight));
     copy_bias(packed, header.pointwise_bias, pointwise.bias, pointwise.dtype);
   }
   depthwise.problem.weight = depthwise.problem.bias = pointwise.weight = pointwise.bias = View{};

@@ -130,7 +130,7 @@ class Case {
   template <class Problem>
   const void* packed_part(Target target, const Problem& problem) {
     constexpr bool kDepthwise = std::is_same_v<Problem, DepthwiseProblem>;
-    const Packer<Problem>& packer = packer_of<Problem>(target);
+    const Packer<Problem>& packer = packer_of(problem, target);
     const auto bytes = static_cast<int64_t>(packer.bytes(problem));
     if (bytes == 0) return nullptr;
     auto [found, fresh] = packed_.try_emplace({target, kDepthwise}, bytes, 0);
