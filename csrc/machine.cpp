@@ -8,6 +8,13 @@
 
 namespace dsconv {
 
+namespace cpu {
+extern const bool has_avx512_bf16;
+#if DSCONV_X86
+const bool has_avx512_bf16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+#endif
+}  // namespace cpu
+
 Target detected_isa() {
 #if DSCONV_X86
   __builtin_cpu_init();

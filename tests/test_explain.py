@@ -154,7 +154,8 @@ def test_the_instruction_set_can_be_limited(python, isa):
     names, info = json.loads(python(CHOICES, DSCONV_CPU_ISA=isa))
     expected = min(isa, found, key=ISAS.index)
     assert info["cpu_isa_used"] == expected
-    assert {name.rpartition("_")[2] for name in names} == {expected}
+    # AMX multiplies bfloat16 alone
+    assert {name.rpartition("_")[2] for name in names} == {"avx512" if expected == "amx" else expected}
 
 
 def test_an_unknown_instruction_set_is_refused(python):

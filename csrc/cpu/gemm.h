@@ -38,9 +38,10 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   }
   activate_vectors<kCount, T>(e.activation, sums);
   Y* y = e.y + first * e.y_step;
-  if (kStreams && e.streamed && e.columns == kVectors * kL) {
-    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-      stream_narrow(y + i / kVectors * e.y_step + i % kVectors * kL, sums[i]);
+  if (e.columns == kVectors * kL) {
+    unroll<kCount / 2>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int row = 2 * i / kVectors, vector = 2 * i % kVectors;
+      store_pair(y + row * e.y_step + vector * kL, sums[2 * i], sums[2 * i + 1], kStreams && e.streamed);
     });
   } else {
     unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
@@ -50,9 +51,9 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   }
 }
 
-// The sum over depth of a[row * lda + k] * panel[k][column], from row `first` on.
-template <class T, int kRows>
-static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T>& e, int64_t first) {
+template <class T, class Y, int kRows>
+static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T, Y>& e,
+                          int64_t first) {
   constexpr int kL = kLanes<T>;
   Vec<T> acc[2 * kRows];
   unroll<2 * kRows>([&]<int i>()
@@ -69,24 +70,25 @@ static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth
   finish_rows<kRows, 2>(acc, e, first);
 }
 
-template <class T>
-static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, const Epilogue<T>& e) {
-  using Block = void (*)(const T*, int64_t, const T*, int64_t, const Epilogue<T>&, int64_t);
+template <class T, class Y>
+static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth,
+                           const Epilogue<T, Y>& e) {
+  using Block = void (*)(const T*, int64_t, const T*, int64_t, const Epilogue<T, Y>&, int64_t);
   static constexpr Block kBlocks[] = {
       nullptr,
-      multiply_rows<T, 1>,
-      multiply_rows<T, 2>,
-      multiply_rows<T, 3>,
-      multiply_rows<T, 4>,
-      multiply_rows<T, 5>,
-      multiply_rows<T, 6>,
+      multiply_rows<T, Y, 1>,
+      multiply_rows<T, Y, 2>,
+      multiply_rows<T, Y, 3>,
+      multiply_rows<T, Y, 4>,
+      multiply_rows<T, Y, 5>,
+      multiply_rows<T, Y, 6>,
 #if DSCONV_VECTOR_BYTES == 64
-      multiply_rows<T, 7>,
-      multiply_rows<T, 8>,
-      multiply_rows<T, 9>,
-      multiply_rows<T, 10>,
-      multiply_rows<T, 11>,
-      multiply_rows<T, 12>,
+      multiply_rows<T, Y, 7>,
+      multiply_rows<T, Y, 8>,
+      multiply_rows<T, Y, 9>,
+      multiply_rows<T, Y, 10>,
+      multiply_rows<T, Y, 11>,
+      multiply_rows<T, Y, 12>,
 #endif
   };
   int64_t done = 0;

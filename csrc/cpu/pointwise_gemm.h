@@ -68,7 +68,6 @@ template <class S>
 struct VectorProduct {
   using T = Compute<S>;
   using A = T;                                               // rows of A and packed weights
-  using Direct = T;                                          // what it writes rows of outputs as
   static constexpr int kColumns = kPanel<T>, kRowBlock = 1;  // outputs of a panel, rows that are read together
 
   static void begin() {}
@@ -91,7 +90,8 @@ struct VectorProduct {
   static void gather(T* a, int64_t lda, const View& view, int64_t image, int64_t channels, const Box& box) {
     gather_rows<S>(a, lda, view, image, 0, channels, box);
   }
-  static void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, const Epilogue<T>& e) {
+  template <class Y>
+  static void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, const Epilogue<T, Y>& e) {
     multiply_panel(a, lda, rows, panel, depth, e);
   }
 };
@@ -141,7 +141,6 @@ struct PackedWeights {
 template <class S, class Product>
 struct PanelOutput {
   using T = Compute<S>;
-  using Direct = typename Product::Direct;
   static constexpr int kColumns = Product::kColumns;
   const PointwiseProblem& p;
   bool direct, streamed;
@@ -149,10 +148,10 @@ struct PanelOutput {
 
   static int64_t bias_count(const PointwiseProblem& p) { return round_up(p.out_channels, kColumns); }
   PanelOutput(const PointwiseProblem& p, int64_t input_bytes, Arena& arena) : p(p) {
-    direct = sizeof(Direct) == sizeof(S) && has_plain_rows(p.y, p.size) &&
-             (!p.residual.data || has_plain_rows(p.residual, p.size));
+    direct = has_plain_rows(p.y, p.size) && (!p.residual.data || has_plain_rows(p.residual, p.size));
     const int64_t bytes = input_bytes + numel(p.batch, p.out_channels, p.size) * static_cast<int64_t>(sizeof(S));
-    streamed = kStreams && direct && bytes > kStreamedBytes && has_whole_lines<S>(p.y, p.out_channels);
+    const bool whole_lines = kColumns * sizeof(S) % kBlockBytes == 0 && has_whole_lines<S>(p.y, p.out_channels);
+    streamed = kStreams && direct && bytes > kStreamedBytes && whole_lines;
     T* padded = take<T>(arena, bias_count(p));
     for (int64_t k = 0; k < bias_count(p); ++k) {
       const bool given = p.bias.data && k < p.out_channels;
@@ -168,9 +167,8 @@ struct PanelOutput {
     T* const c = buffers.c;
     for (int64_t k = 0; k < p.out_channels; k += kColumns, panel += Product::panel_values(p.in_channels)) {
       if (direct) {
-        Epilogue<T, Direct> e{position<Direct>(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k),
-                              bias + k};
-        e.residual = p.residual.data ? position<Direct>(p.residual, image, k, box) : nullptr;
+        Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k), bias + k};
+        e.residual = p.residual.data ? position(p.residual, image, k, box) : nullptr;
         e.residual_step = p.residual.stride[4];
         e.activation = p.activation;
         e.streamed = streamed;
@@ -191,9 +189,8 @@ struct PanelOutput {
       });
     }
   }
-  template <class U>
-  static U* position(const View& v, int64_t image, int64_t channel, const Box& box) {
-    return static_cast<U*>(v.data) + image * v.stride[0] + channel + box.origin[0] * v.stride[2] +
+  static S* position(const View& v, int64_t image, int64_t channel, const Box& box) {
+    return static_cast<S*>(v.data) + image * v.stride[0] + channel + box.origin[0] * v.stride[2] +
            box.origin[1] * v.stride[3] + box.origin[2] * v.stride[4];
   }
 };
@@ -279,7 +276,7 @@ struct PointwiseGradWeight {
           for (int64_t first = 0; first < positions; first += kPositionChain) {
             const int64_t depth = min64(kPositionChain, positions - first);
             multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth,
-                           {chunk, kPanel<T>, kPanel<T>});
+                           Epilogue<T>{chunk, kPanel<T>, kPanel<T>});
             for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
           }
         }
@@ -298,15 +295,11 @@ struct PointwiseGradWeight {
   }
 };
 
-// Rounds values to the storage type and back: what memory would have done to them.
+// Rounds whole vectors of values to the storage type and back: what memory would have done to them.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void round_row(T* values, int64_t count) {
   if constexpr (sizeof(S) == sizeof(T)) return;
-  for (int64_t i = 0; i < count; ++i) {
-    S s;
-    narrow(values[i], &s);
-    values[i] = widen(s);
-  }
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(values + i, rounded<S>(load(values + i)));
 }
 
 // Depthwise into the rows of A, then the panels: the depthwise map of a task never leaves the cache.

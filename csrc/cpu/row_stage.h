@@ -45,6 +45,7 @@ static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
   constexpr int kL = kLanes<T>, kLine = kBlockBytes / sizeof(S);
   int64_t i = 0;
   const auto copy_to = [&](int64_t end) {
+    for (; i + 2 * kL <= end; i += 2 * kL) store_pair(dst + i, load(src + i), load(src + i + kL), false);
     for (; i < end; i += kL) store_part<S>(dst + i, load(src + i), end - i);
     i = end;
   };
@@ -52,7 +53,12 @@ static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
     const auto address = reinterpret_cast<uintptr_t>(dst);
     copy_to(min64(count, static_cast<int64_t>(-address % kBlockBytes / sizeof(S))));
     for (; i + kLine <= count; i += kLine) {
-      for (int l = 0; l < kLine; l += kL) stream_narrow<S>(dst + i + l, load(src + i + l));
+      if constexpr (kLine >= 2 * kL) {
+        for (int l = 0; l < kLine; l += 2 * kL)
+          store_pair(dst + i + l, load(src + i + l), load(src + i + l + kL), true);
+      } else {
+        stream_narrow<S>(dst + i, load(src + i));
+      }
     }
   }
   copy_to(count);

@@ -10,7 +10,6 @@ struct TileProduct {
   using S = BFloat16;
   using T = float;
   using A = BFloat16;
-  using Direct = BFloat16;
   static constexpr int kColumns = amx::kBlock, kRowBlock = amx::kBlock, kTile = amx::kTile, kStep = amx::kStep;
   static constexpr int kL = kLanes<T>;
 

@@ -14,6 +14,10 @@
 
 #define DSCONV_INLINE static inline __attribute__((always_inline))
 
+namespace dsconv::cpu {
+extern const bool has_avx512_bf16;  // has the processor instructions that round to bfloat16? (machine.cpp)
+}
+
 namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int kVectorBytes = DSCONV_VECTOR_BYTES;
@@ -195,6 +199,13 @@ DSCONV_INLINE Vec<T> load_wide(const S* p) {
 #endif
   }
 }
+// Rounded to the nearest bfloat16, to even; that is in the upper halves. NaN stays NaN if arithmetic made it, or if it
+// was one in bfloat16: with all of 16 more bits set it would carry into the sign.
+DSCONV_INLINE auto rounded_bits(Vec<float> v) {
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  const Word u = reinterpret_cast<Word>(v);
+  return u + (((u >> 16) & 1) + 0x7fff);
+}
 // The bits of a vector in storage, as a vector.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE auto narrowed(Vec<T> v) {
@@ -202,10 +213,7 @@ DSCONV_INLINE auto narrowed(Vec<T> v) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return v;
   } else if constexpr (__is_same(S, BFloat16)) {
-    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
-    const Word u = reinterpret_cast<Word>(v), rounded = u + (((u >> 16) & 1) + 0x7fff);
-    const Word bits = (v != v ? Word{} + 0x7fc00000 : rounded) >> 16;
-    return __builtin_convertvector(bits, Half);
+    return __builtin_convertvector(rounded_bits(v) >> 16, Half);
   } else {
 #if DSCONV_VECTOR_BYTES == 64
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
@@ -218,6 +226,52 @@ DSCONV_INLINE auto narrowed(Vec<T> v) {
     memcpy(&bits, values, sizeof bits);
     return bits;
 #endif
+  }
+}
+// The bits of two vectors of a half type, side by side. (Through memory they would have to wait for each other.)
+#if DSCONV_VECTOR_BYTES == 64
+template <class S>
+DSCONV_INLINE __m512i narrowed_pair(Vec<float> low, Vec<float> high) {
+  if constexpr (__is_same(S, BFloat16)) {
+    if (has_avx512_bf16) {  // a tenth of the instructions; subnormals become zeros
+      __m512i bits;
+      asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(low), "v"(high));
+      return bits;
+    }
+    const __m512i odd =
+        _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d,
+                         0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
+    return _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(rounded_bits(low)), odd,
+                                     reinterpret_cast<__m512i>(rounded_bits(high)));
+  } else {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed<S>(low)), narrowed<S>(high), 1);
+  }
+}
+#elif DSCONV_VECTOR_BYTES == 32
+template <class S>
+DSCONV_INLINE __m256i narrowed_pair(Vec<float> low, Vec<float> high) {
+  if constexpr (__is_same(S, BFloat16)) {
+    const auto lows = reinterpret_cast<__m256i>(rounded_bits(low) >> 16);
+    const auto highs = reinterpret_cast<__m256i>(rounded_bits(high) >> 16);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(lows, highs), 0xd8);
+  } else {
+    return _mm256_set_m128i(narrowed<S>(high), narrowed<S>(low));
+  }
+}
+#endif
+// What a vector becomes in storage, as the compute type.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> rounded(Vec<T> v) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return v;
+  } else if constexpr (__is_same(S, BFloat16)) {
+    typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+    return reinterpret_cast<Vec<T>>(rounded_bits(v) & (Word{} + 0xffff0000));
+  } else {
+    const auto bits = narrowed<S>(v);
+    S memory[kLanes<T>];
+    memcpy(memory, &bits, sizeof bits);
+    return load_wide<S>(memory);
   }
 }
 template <class S, class T = Compute<S>>
@@ -234,9 +288,8 @@ constexpr bool kStreams = true;
 #else
 constexpr bool kStreams = false;
 #endif
-template <class S, class T = Compute<S>>
-DSCONV_INLINE void stream_narrow(S* p, Vec<T> v) {
-  const auto bits = narrowed<S>(v);
+template <class S, class Bits>
+DSCONV_INLINE void stream_bits(S* p, Bits bits) {
 #if defined(__F16C__)
   if constexpr (sizeof bits == 16)
     return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
@@ -249,10 +302,33 @@ DSCONV_INLINE void stream_narrow(S* p, Vec<T> v) {
 #endif
   memcpy(p, &bits, sizeof bits);
 }
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void stream_narrow(S* p, Vec<T> v) {
+  stream_bits(p, narrowed<S>(v));
+}
 DSCONV_INLINE void end_stream() {
 #if defined(__F16C__)
   _mm_sfence();
 #endif
+}
+// Two vectors side by side, past the caches if `streamed`.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void store_pair(S* p, Vec<T> low, Vec<T> high, bool streamed) {
+#if DSCONV_VECTOR_BYTES >= 32
+  if constexpr (sizeof(S) < sizeof(T)) {
+    const auto bits = narrowed_pair<S>(low, high);
+    if (streamed) return stream_bits(p, bits);
+    memcpy(p, &bits, sizeof bits);
+    return;
+  }
+#endif
+  if (streamed) {
+    stream_narrow(p, low);
+    stream_narrow(p + kLanes<T>, high);
+  } else {
+    store_narrow(p, low);
+    store_narrow(p + kLanes<T>, high);
+  }
 }
 
 // A bump allocator over the workspace that an operator handed to a kernel; every piece starts on a cache line.
