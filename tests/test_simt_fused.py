@@ -26,7 +26,7 @@ ROWS = table()
 # Around 16-byte units, chunks of channels, tiles of outputs; and those of real layers.
 CHANNELS = (1, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 64, 96, 100)
 OUTPUTS = (1, 5, 8, 16, 24, 40, 63, 64, 65, 96, 100, 129)
-TILES = (65, 72, 100, 128, 129, 192, 200, 257, 320)  # of outputs: more than one
+TILES = (65, 72, 100, 128, 129, 200, 320, 728)  # of outputs: more than one
 LARGE = (320, 728)
 # float32 tensors whose product is rounded for tensor cores.
 TF32 = "float32 tf32=1"
