@@ -16,8 +16,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from . import activations
-from .geometry import convolution_output, empty_output, is_channels_last, like_output
+from .geometry import convolution_output, empty_output, is_channels_last
 from .matmul import pointwise
 from .triton_kernels import INTERPRETED, depthwise_kernel, separable_kernel, weight_gradient_kernel
 
