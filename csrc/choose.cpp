@@ -227,8 +227,8 @@ SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Mac
     candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
   }
   if (!choice.fused || !separate || fuse == Fuse::always) return choice;
-  const bool forced = is_preferred(*choice.depthwise, preferred) ||
-                      (choice.pointwise && is_preferred(*choice.pointwise, preferred));
+  const bool forced =
+      is_preferred(*choice.depthwise, preferred) || (choice.pointwise && is_preferred(*choice.pointwise, preferred));
   const bool keep =
       is_preferred(*choice.fused, preferred) || (!forced && estimate_us(*choice.fused, p, machine) <= separate_us);
   if (fuse == Fuse::never || !keep) choice.fused = nullptr;

@@ -26,12 +26,12 @@ enum class Target : uint8_t { portable, avx2, avx512, cuda };
 
 // The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
 struct Machine {
-  Target target;            // the best instruction set allowed, or cuda
-  int sm;                   // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
-  double peak_gflops;       // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
-  double cache_gbs;         // one core's L2, or the device's L2
-  double memory_gbs;        // beyond the caches
-  int64_t cache_bytes;      // what stays in the cache between two passes
+  Target target;             // the best instruction set allowed, or cuda
+  int sm;                    // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
+  double peak_gflops;        // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
+  double cache_gbs;          // one core's L2, or the device's L2
+  double memory_gbs;         // beyond the caches
+  int64_t cache_bytes;       // what stays in the cache between two passes
   int multiprocessors = 0;   // of a GPU
   int64_t shared_bytes = 0;  // of a multiprocessor
 };

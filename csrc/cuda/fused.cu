@@ -74,7 +74,6 @@ FusedParameters parameters_of(const SeparableProblem& p, bool pixels_inner) {
   q.outputs = narrow(pw.out_channels);
   q.mid = d.activation;
   q.activation = pw.activation;
-
   return q;
 }
 
@@ -110,7 +109,7 @@ bool choose_tile(FusedParameters& q, const SeparableProblem& p, const FusedShape
   return least < INT64_MAX;
 }
 
-// What a block may have, and what a multiprocessor keeps back for each, since sm_80.
+// What a multiprocessor keeps for itself of the shared memory of each block.
 int64_t reserved_bytes(const Machine& machine) { return machine.sm >= 80 ? 1 << 10 : 0; }
 
 // In units of one multiply-add: a tap with its loads, and what is done once for a depthwise value.
@@ -124,16 +123,16 @@ void estimate(FusedPlan& plan, const SeparableProblem& p, const FusedShape& shap
               int64_t beside) {
   const FusedParameters& q = plan.parameters;
   const double rate = machine.peak_gflops / 2 / machine.multiprocessors;  // multiply-adds of a nanosecond
-  const double values = double(shape.pixels) * q.channels, size = double(element_size(p.depthwise.dtype));
+  const int64_t size = element_size(p.depthwise.dtype);
+  const double values = double(shape.pixels) * q.channels;
   const double depthwise = values * (kTapCost * double(product(p.depthwise.window.taps)) + kValueCost) / rate;
   const double products = values * shape.outputs * q.tiles / (rate * product_rate(p.pointwise, machine));
-  const double read =
-      size * q.channels * (double(q.box_rows) * q.box_columns + double(shape.outputs) * q.tiles) /
-      (machine.cache_gbs / machine.multiprocessors);
+  const double rows_read = double(q.box_rows) * q.box_columns + double(shape.outputs) * q.tiles;
+  const double read = rows_read * q.channels * double(size) / (machine.cache_gbs / machine.multiprocessors);
   // Tensor cores work beside the others.
   const bool tensor = product_rate(p.pointwise, machine) > 1;
   const double busy = std::max(tensor ? std::max(depthwise, products) : depthwise + products, read);
-  const double steps = kStepsAround + double(ceil_div(q.channels, kRowBytes / element_size(p.depthwise.dtype))) * q.tiles;
+  const double steps = kStepsAround + double(ceil_div(q.channels, kRowBytes / size)) * q.tiles;
   const int64_t of_one = ceil_div(plan.blocks, machine.multiprocessors);
   plan.busy_us = 1e-3 * double(of_one) * busy;
   plan.latency_us = 1e-3 * double(ceil_div(of_one, beside)) * steps * kStepNs / (q.stages - 1);

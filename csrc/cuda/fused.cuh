@@ -42,7 +42,7 @@ struct FusedParameters {
   int row_tiles, column_tiles;  // of an image
   int splits;                   // of the outputs over blocks
   int tiles;                    // of outputs, of a block
-  int resident;                 // chunks of depthwise values in shared memory less one: 1, or all bits
+  int resident;                 // of a chunk's number, the bits that say where its depthwise values are: 1, or all
   // The input of a tile: with row_split 2 even rows come before odd ones, so that lanes whose outputs are neighbours
   // downwards read neighbouring rows.
   int box_rows, box_columns, box_pitch, row_split, rows_of_phase;
@@ -54,7 +54,6 @@ struct FusedParameters {
 template <int pixels, int outputs, int warps>
 struct FusedTile {
   static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
-  static constexpr int kResident = 512 / kThreads;  // 128 registers for each thread
   // Depthwise values and weights of a chunk; sums on their way out.
   static constexpr int kMapBytes = pixels * kRowBytes, kWeightBytes = outputs * kRowBytes;
   static constexpr int kSumBytes = warps * kSumRows * kSumPitch * int{sizeof(float)};
@@ -148,9 +147,7 @@ class FusedBlock {
   __device__ Operand map(int chunk) const {
     return {reinterpret_cast<uint4*>(shared_ + (chunk & p_.resident) * Tile::kMapBytes), operand_shift()};
   }
-  __device__ unsigned char* weights() const {
-    return shared_ + ((p_.resident < 0 ? chunks_ : 2) * Tile::kMapBytes);
-  }
+  __device__ unsigned char* weights() const { return shared_ + ((p_.resident < 0 ? chunks_ : 2) * Tile::kMapBytes); }
   __device__ Operand weight(int slot) const {
     return {reinterpret_cast<uint4*>(weights() + slot * Tile::kWeightBytes), operand_shift()};
   }
@@ -484,10 +481,10 @@ class FusedBlock {
   Sums sums_;
 };
 
-// Blocks that the registers of a multiprocessor hold: 512 threads, or half of them where 128 registers would not do.
+// Blocks that the registers of a multiprocessor hold: 512 threads with 128 each, or half of them where that would not do.
 template <class F, class Tile, int kTaps, int kStride, bool kPixelsInner>
 constexpr int kResident =
-    Tile::kThreads == 256 && (__is_same(F, float) ? kPixelsInner : kTaps * kStride >= 7) ? 1 : Tile::kResident;
+    Tile::kThreads == 256 && (__is_same(F, float) ? kPixelsInner : kTaps * kStride >= 7) ? 1 : 512 / Tile::kThreads;
 
 template <class F, class Tile, int kTaps, int kStride, bool kPixelsInner>
 __global__ void __launch_bounds__(Tile::kThreads, kResident<F, Tile, kTaps, kStride, kPixelsInner>)

@@ -56,12 +56,8 @@ struct Fused {
   }
   template <class F, class Tile>
   static Choice choice(const SeparableProblem& p, const Machine& machine) {
-    constexpr FusedShape kShape{Tile::kPixels,
-                                Tile::kOutputs,
-                                kResident<F, Tile, kTaps, kStride, kPixelsInner>,
-                                Tile::kMapBytes,
-                                Tile::kWeightBytes,
-                                Tile::kSumBytes};
+    constexpr FusedShape kShape{Tile::kPixels,   Tile::kOutputs,     kResident<F, Tile, kTaps, kStride, kPixelsInner>,
+                                Tile::kMapBytes, Tile::kWeightBytes, Tile::kSumBytes};
     return {plan_fused(p, kShape, kPixelsInner, kDataflow, machine), launch_plan<F, Tile>};
   }
   template <class F>
