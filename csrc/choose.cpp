@@ -141,12 +141,16 @@ const char* why_not_packed(const Row& row, const Problem& problem, const Machine
 }
 
 // PyTorch's matrix product, the second stage of the unfused way on a GPU, which has no pointwise rows: at this part of
-// the tensor cores' rate or as fast as the memory, whichever takes longer. And what each launch costs.
+// the tensor cores' rate or as fast as the memory, whichever takes longer. Its tiles, and the parts it cuts their sums
+// into, may leave multiprocessors idle. And what each launch costs.
 constexpr double kMatmulEfficiency = 0.7, kLaunchUs = 2;
+constexpr int64_t kMatmulTile = 64, kMatmulParts = 4;
 
 double matmul_us(const PointwiseProblem& p, const Machine& machine) {
   const Cost cost = cost_of(p);
-  const double rate = machine.peak_gflops * product_rate(p, machine) * kMatmulEfficiency;
+  const int64_t blocks = ceil_div(p.batch * product(p.size), kMatmulTile) * ceil_div(p.out_channels, kMatmulTile);
+  const double busy = std::min(1.0, double(kMatmulParts * blocks) / std::max(1, machine.multiprocessors));
+  const double rate = machine.peak_gflops * product_rate(p, machine) * kMatmulEfficiency * busy;
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
   return std::max(cost.flops / rate, cost.bytes / bandwidth) * 1e-3;
 }

@@ -150,6 +150,33 @@ def test_more_choices():
     assert check_choices(6000, 2) == set(ROWS)
 
 
+def layer(batch: int, channels: int, outputs: int, size: int, taps: int, dtype: str) -> str:
+    window = [(size, taps, 1, 1, taps // 2, taps // 2)] * 2
+    return separable(True, window, dtype=dtype, n=batch, c=channels, k=outputs, has_residual=0)
+
+
+def chosen(*of_layer) -> dict[str, tuple[str, int]]:
+    """Of each GPU: the dataflow, or - for two passes, and the blocks."""
+    found = choices("--choose", lines=[layer(*of_layer)])
+    return {gpu: (row.split("_")[2] if "_" in row else row, int(blocks)) for gpu, row, blocks, _ in found}
+
+
+def test_the_dataflow_follows_the_layer():
+    """Few outputs: accumulators, whose depthwise values nobody computes twice. Many, of wide filters: all depthwise
+    values stay in shared memory. A product that dwarfs the rest: two passes."""
+    assert {flow for flow, _ in chosen(32, 32, 64, 112, 3, "float16").values()} == {"fused"}
+    assert {flow for flow, _ in chosen(32, 96, 384, 56, 7, "float16").values()} == {"resident"}
+    assert {flow for flow, _ in chosen(32, 1024, 1024, 7, 3, "float16").values()} == {"-"}
+
+
+def test_small_maps_are_split():
+    """One image reaches more multiprocessors by smaller tiles of pixels, and by blocks for parts of the outputs, which
+    compute the depthwise values anew."""
+    row, of_layer = "separable_fwd_fused_nhwc_k3s1_cuda", layer(1, 64, 256, 14, 3, "float16")
+    alone, many = (answers_of(PLAIN, [f"{row} {of_layer}"], "--gpu", gpu)[0]["blocks"] for gpu in ("1", "132"))
+    assert alone == 2 * 2 and many >= 7 * 4
+
+
 def count(row: str, size: tuple[int, int], channels: int, outputs: int, dtype: str) -> dict[str, int]:
     """What the row moves for a layer that fills any GPU: it is cut as on one multiprocessor."""
     channels_last, taps, stride = parts_of(row)

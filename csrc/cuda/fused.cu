@@ -172,12 +172,12 @@ FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pi
   if (!choose_tile(q, p, shape, pixels_inner, machine.shared_bytes - reserved - map)) return best;
 
   q.resident = resident ? -1 : 1;
+  // Blocks that a multiprocessor runs at once.
   const auto beside = [&](int64_t stages) {
     const int64_t bytes = map + staged_bytes(q, shape, stages) + reserved;
-    return min64(shape.resident_blocks, machine.shared_bytes / bytes);
+    const int64_t room = min64(shape.resident_blocks, machine.shared_bytes / bytes);
+    return min64(room, ceil_div(plan.blocks, machine.multiprocessors));
   };
-  q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
-  plan.shared_bytes = map + staged_bytes(q, shape, q.stages);
   // The fewer tiles of outputs a block has, the more blocks there are, and the more often depthwise values are computed.
   for (int64_t splits = resident ? 1 : output_tiles; splits <= output_tiles; splits *= 2) {
     q.tiles = narrow(ceil_div(output_tiles, splits));
@@ -185,6 +185,8 @@ FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pi
     if (resident && q.tiles < 2) break;
     plan.blocks = p.depthwise.batch * q.row_tiles * q.column_tiles * q.splits;
     if (plan.blocks > kLargestGrid) break;
+    q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
+    plan.shared_bytes = map + staged_bytes(q, shape, q.stages);
     estimate(plan, p, shape, machine, beside(q.stages));
     if (plan.us() < best.us()) best = plan;
   }
