@@ -1,5 +1,7 @@
 #include "cuda/fused_rows.cuh"
 
+#include <algorithm>
+
 namespace dsconv::cuda {
 namespace {
 
@@ -41,31 +43,12 @@ void set_box(FusedParameters& q, const Window& w, int64_t rows, int64_t columns)
   q.rows_of_phase = (q.box_rows + 1) / 2;
 }
 
-}  // namespace
-
-const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool pixels_inner) {
-  const Window& w = p.depthwise.window;
-  if (p.depthwise.dtype == DType::f64) return "float64 has no fused kernel";
-  if (w.in[0] != 1 || w.out[0] != 1 || w.taps[0] != 1) return "three spatial dimensions";
-  if (taps != 0 && w.taps[2] != taps) return "another number of taps along a row";
-  const int64_t down = w.out[1] == 1 ? stride : w.stride[1];  // a single row has no stride
-  if (stride != 0 && (w.stride[2] != stride || down != stride)) return "another stride";
-  if (taps != 0 && w.taps[2] > 1 && w.dilation[2] > 1) return "dilated along a row";
-  const View& weight = p.depthwise.weight;
-  if (w.taps[1] > 1 && w.taps[2] > 1 && weight.stride[3] != w.taps[2] * weight.stride[4])
-    return "the taps of a filter are not evenly spaced";
-  const auto last = [](const View& v, int64_t channels) { return channels == 1 || v.stride[1] == 1; };
-  if (!pixels_inner && !(last(p.depthwise.x, p.depthwise.channels) && last(p.pointwise.y, p.pointwise.out_channels)))
-    return "not channels_last";
-  return fits(p) ? nullptr : "offsets within an image, or columns, beyond 2^30";
-}
-
-FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pixels_inner, int multiprocessors) {
+// Everything but how the problem is cut.
+FusedParameters parameters_of(const SeparableProblem& p, bool pixels_inner) {
   const DepthwiseProblem& d = p.depthwise;
   const PointwiseProblem& pw = p.pointwise;
   const Window& w = d.window;
-  FusedPlan plan{};
-  FusedParameters& q = plan.parameters;
+  FusedParameters q{};
   q.x = map_of(d.x, d.dtype, d.batch, d.channels, w.in, false);
   q.x.wide &= d.multiplier == 1;
   q.y = map_of(pw.y, d.dtype, d.batch, pw.out_channels, w.out, pixels_inner);
@@ -89,42 +72,135 @@ FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pi
   q.channels = narrow(pw.in_channels);
   q.multiplier = narrow(d.multiplier);
   q.outputs = narrow(pw.out_channels);
-  q.splits = narrow(ceil_div(pw.out_channels, shape.outputs));
   q.mid = d.activation;
   q.activation = pw.activation;
+  return q;
+}
 
-  // Of the tiles whose box fits, the one with the least to read and to compute. Where columns lie side by side they come
-  // in sectors of 32 bytes, and a row of outputs fills one.
-  const int64_t taps = (product(w.taps) + 1) * kTapPitch * int64_t{sizeof(float)}, size = element_size(d.dtype);
-  const auto bytes = [&] { return shape.operand_bytes + q.box_rows * int64_t{q.box_pitch} * kRowBytes + taps; };
-  const auto columns_read = [&] {
-    return pixels_inner ? round_up(q.box_columns * size + 16, 32) / size : int64_t{q.box_columns};
-  };
-  const int narrowest = pixels_inner && size == 2 ? 4 : 3;
+// The bytes of shared memory behind the depthwise values: see FusedBlock.
+int64_t staged_bytes(const FusedParameters& q, const FusedShape& shape, int64_t stages) {
+  const int64_t box = int64_t{q.box_rows} * q.box_pitch * kRowBytes;
+  const int64_t taps = 2 * (int64_t{q.rows.taps} * q.columns.taps + 1) * kTapPitch * int64_t{sizeof(float)};
+  return stages * shape.weight_bytes + max64(stages * box + taps, shape.sum_bytes);
+}
+
+// Of the tiles whose boxes fit into `room`, the one with the least to read and to compute; false if none does. Where
+// columns lie side by side they come in sectors of 32 bytes, and a row of outputs fills one.
+bool choose_tile(FusedParameters& q, const SeparableProblem& p, const FusedShape& shape, bool pixels_inner,
+                 int64_t room) {
+  const Window& w = p.depthwise.window;
+  const int64_t size = element_size(p.depthwise.dtype);
   int64_t least = INT64_MAX;
   FusedParameters best = q;
-  for (int shift = narrowest; 1 << shift <= shape.pixels; ++shift) {
+  for (int shift = pixels_inner && size == 2 ? 4 : 3; 1 << shift <= shape.pixels; ++shift) {
     const int64_t columns = 1 << shift, rows = shape.pixels >> shift;
     set_box(q, w, rows, columns);
+    if (staged_bytes(q, shape, 2) > room) continue;
     q.tile_shift = shift;
     q.row_tiles = narrow(ceil_div(w.out[1], rows));
     q.column_tiles = narrow(ceil_div(w.out[2], columns));
-    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * columns_read() + 2 * shape.pixels);
-    const bool wanted = bytes() <= kFusedBytes && work < least;
-    if (shift > narrowest && !wanted) continue;
-    if (wanted) least = work;
+    const int64_t read = pixels_inner ? round_up(q.box_columns * size + 16, 32) / size : q.box_columns;
+    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * read + 2 * shape.pixels);
+    if (work >= least) continue;
+    least = work;
     best = q;
   }
   q = best;
-  const int64_t box = bytes() - shape.operand_bytes - taps;
-  q.stages = bytes() + box <= kFusedBytes ? 2 : 1;
-  plan.shared_bytes = max64(bytes() + (q.stages - 1) * box, shape.sum_bytes);
-  plan.blocks = d.batch * q.row_tiles * q.column_tiles * q.splits;
-  // Half types take tensor cores, which multiply about 16 times as fast; a tap costs more than its multiply-add.
-  const double tap_cost = 2.5, product_cost = d.dtype == DType::f32 ? 1 : 1.0 / 16;
-  const double block = q.channels * double(shape.pixels) * (tap_cost * product(w.taps) + product_cost * shape.outputs);
-  plan.cost = ceil_div(plan.blocks, multiprocessors) * block;
-  return plan;
+  return least < INT64_MAX;
+}
+
+// What a multiprocessor keeps for itself of the shared memory of each block.
+int64_t reserved_bytes(const Machine& machine) { return machine.sm >= 80 ? 1 << 10 : 0; }
+
+// In units of one multiply-add: a tap with its loads, and what is done once for a depthwise value.
+constexpr double kTapCost = 2, kValueCost = 6;
+// A step's barrier and the latencies that nothing hides, of which a block has some at its beginning and its end. Copies
+// have twice the time to arrive where three stages are under way.
+constexpr double kStepNs = 100, kStepsAround = 4;
+
+// Times of the busiest multiprocessor, of which `beside` blocks run at once.
+void estimate(FusedPlan& plan, const SeparableProblem& p, const FusedShape& shape, const Machine& machine,
+              int64_t beside) {
+  const FusedParameters& q = plan.parameters;
+  const double rate = machine.peak_gflops / 2 / machine.multiprocessors;  // multiply-adds of a nanosecond
+  const int64_t size = element_size(p.depthwise.dtype);
+  const double values = double(shape.pixels) * q.channels;
+  const double depthwise = values * (kTapCost * double(product(p.depthwise.window.taps)) + kValueCost) / rate;
+  const double products = values * shape.outputs * q.tiles / (rate * product_rate(p.pointwise, machine));
+  const double rows_read = double(q.box_rows) * q.box_columns + double(shape.outputs) * q.tiles;
+  const double read = rows_read * q.channels * double(size) / (machine.cache_gbs / machine.multiprocessors);
+  // Tensor cores work beside the others.
+  const bool tensor = product_rate(p.pointwise, machine) > 1;
+  const double busy = std::max(tensor ? std::max(depthwise, products) : depthwise + products, read);
+  const double steps = kStepsAround + double(ceil_div(q.channels, kRowBytes / size)) * q.tiles;
+  const int64_t of_one = ceil_div(plan.blocks, machine.multiprocessors);
+  plan.busy_us = 1e-3 * double(of_one) * busy;
+  plan.latency_us = 1e-3 * double(ceil_div(of_one, beside)) * steps * kStepNs / (q.stages - 1);
+}
+
+}  // namespace
+
+const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool pixels_inner) {
+  const Window& w = p.depthwise.window;
+  if (p.depthwise.dtype == DType::f64) return "float64 has no fused kernel";
+  if (w.in[0] != 1 || w.out[0] != 1 || w.taps[0] != 1) return "three spatial dimensions";
+  if (taps != 0 && w.taps[2] != taps) return "another number of taps along a row";
+  const int64_t down = w.out[1] == 1 ? stride : w.stride[1];  // a single row has no stride
+  if (stride != 0 && (w.stride[2] != stride || down != stride)) return "another stride";
+  if (taps != 0 && w.taps[2] > 1 && w.dilation[2] > 1) return "dilated along a row";
+  const View& weight = p.depthwise.weight;
+  if (w.taps[1] > 1 && w.taps[2] > 1 && weight.stride[3] != w.taps[2] * weight.stride[4])
+    return "the taps of a filter are not evenly spaced";
+  const auto last = [](const View& v, int64_t channels) { return channels == 1 || v.stride[1] == 1; };
+  if (!pixels_inner && !(last(p.depthwise.x, p.depthwise.channels) && last(p.pointwise.y, p.pointwise.out_channels)))
+    return "not channels_last";
+  return fits(p) ? nullptr : "offsets within an image, or columns, beyond 2^30";
+}
+
+FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pixels_inner, Dataflow dataflow,
+                     const Machine& machine) {
+  FusedPlan best{};
+  best.busy_us = HUGE_VAL;
+  FusedPlan plan{};
+  FusedParameters& q = plan.parameters;
+  q = parameters_of(p, pixels_inner);
+  const bool resident = dataflow == Dataflow::resident;
+  const int64_t output_tiles = ceil_div(p.pointwise.out_channels, shape.outputs);
+  const int64_t chunks = ceil_div(p.pointwise.in_channels, kRowBytes / element_size(p.depthwise.dtype));
+  const int64_t reserved = reserved_bytes(machine), map = (resident ? chunks : 2) * shape.map_bytes;
+  if (resident && output_tiles < 2) return best;
+  if (!choose_tile(q, p, shape, pixels_inner, machine.shared_bytes - reserved - map)) return best;
+
+  q.resident = resident ? -1 : 1;
+  // Blocks that a multiprocessor runs at once.
+  const auto beside = [&](int64_t stages) {
+    const int64_t bytes = map + staged_bytes(q, shape, stages) + reserved;
+    const int64_t room = min64(shape.resident_blocks, machine.shared_bytes / bytes);
+    return min64(room, ceil_div(plan.blocks, machine.multiprocessors));
+  };
+  // The fewer tiles of outputs a block has, the more blocks there are, and the more often depthwise values are computed.
+  for (int64_t splits = resident ? 1 : output_tiles; splits <= output_tiles; splits *= 2) {
+    q.tiles = narrow(ceil_div(output_tiles, splits));
+    q.splits = narrow(ceil_div(output_tiles, q.tiles));
+    if (resident && q.tiles < 2) break;
+    plan.blocks = p.depthwise.batch * q.row_tiles * q.column_tiles * q.splits;
+    if (plan.blocks > kLargestGrid) break;
+    q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
+    plan.shared_bytes = map + staged_bytes(q, shape, q.stages);
+    estimate(plan, p, shape, machine, beside(q.stages));
+    if (plan.us() < best.us()) best = plan;
+  }
+  return best;
+}
+
+double fused_memory_us(const SeparableProblem& p, const Machine& machine) {
+  const DepthwiseProblem& d = p.depthwise;
+  const PointwiseProblem& w = p.pointwise;
+  const double values = double(numel(d.batch, d.channels, d.window.in)) +
+                        double(numel(d.batch, w.out_channels, w.size)) * (w.residual.data ? 2 : 1) +
+                        double(w.in_channels) * double(w.out_channels);
+  const double bytes = values * double(element_size(d.dtype));
+  return 1e-3 * bytes / (bytes > double(machine.cache_bytes) ? machine.memory_gbs : machine.cache_gbs);
 }
 
 }  // namespace dsconv::cuda

@@ -2,7 +2,13 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nchw_k3s1 = kernel_of_fused<3, 1, true, Small, Large>();
-extern const Kernel<SeparableProblem> fused_nchw_k3s2 = kernel_of_fused<3, 2, true, Small, Large>();
+extern const Kernel<SeparableProblem> fused_nchw_k3s1 =
+    kernel_of_fused<Dataflow::accumulators, 3, 1, true, Small, Large>();
+extern const Kernel<SeparableProblem> resident_nchw_k3s1 =
+    kernel_of_fused<Dataflow::resident, 3, 1, true, Small, Large>();
+extern const Kernel<SeparableProblem> fused_nchw_k3s2 =
+    kernel_of_fused<Dataflow::accumulators, 3, 2, true, Small, Large>();
+extern const Kernel<SeparableProblem> resident_nchw_k3s2 =
+    kernel_of_fused<Dataflow::resident, 3, 2, true, Small, Large>();
 
 }  // namespace dsconv::cuda
