@@ -142,7 +142,7 @@ def check_accuracy(case: Case, function: Function = subject, device: str = "cpu"
     """
     triples = []
     draws = min(ENOUGH_DRAWS, -(-ENOUGH_OUTPUTS // max(1, case.outputs)))
-    fewest = min(value.numel() for value in accuracy_truth(case.unfused(), device)[1].values())
+    fewest = min(value.numel() for _, value in accuracy_truth(case.unfused(), device)[1].items())
     draws = max(draws, min(4, -(-ENOUGH_VALUES // max(1, fewest))))
     for draw in range(draws):
         g, truth, yardstick = accuracy_truth(case.unfused(), device, draw)

@@ -1,11 +1,16 @@
 """geometry.h and choose.h from Python: sizes by enumeration, and the choice of rows for machines one does not have."""
 
+import json
 import math
 import random
+import re
 
 import pytest
+import torch
 
+import dsconv_ext  # noqa: F401  (loads the operators)
 import native
+from conftest import ROOT
 
 MACHINES = {
     "portable": ("portable", 0, 32.0, 55.0, 15.0, 2 << 20),
@@ -210,3 +215,13 @@ def test_the_border_of_32_bit_offsets(cpp, dimension):
         stride[dimension] = -(-wanted // 2) if past >= 0 else wanted // 2
         assert cpp.fits_int32(True, stride, batch, channels, size) is fits, (dimension, past)
         assert cpp.fits_int32(False, stride, batch, channels, size) is True
+
+
+def test_the_table_is_the_source(library):
+    """The operator lists what kernels.inc lists."""
+    listed = re.findall(r"^DSCONV_KERNEL\(\w+, (\w+),", (ROOT / "csrc" / "kernels.inc").read_text(), re.MULTILINE)
+    info = json.loads(torch.ops.dsconv.build_info())
+    compiled = {row["name"] for row in json.loads(torch.ops.dsconv.kernels())}
+    assert compiled <= set(listed)
+    assert {name for name in set(listed) - compiled if "cuda" not in name} == set()
+    assert info["cuda_compiled"] == any("cuda" in name for name in compiled)

@@ -119,7 +119,7 @@ struct Rows {
     const int64_t ring = copied ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
     const int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
-    plan.chunk = ceil_div(plan.blocks, plan.chunks) * kL;
+    plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
     in.lanes = plan.chunk;
 

@@ -163,6 +163,38 @@ DSCONV_INLINE void fetch_ahead(const BlockRow<T>& row, int64_t column, int64_t c
   }
 }
 
+// Where the outputs of a block go from output `pixel` on: to their places, or to the buffer.
+template <class T>
+struct BlockOutputs {
+  T* y;
+  int64_t row, pixel;  // elements between the two output rows, between outputs
+  bool streamed;
+
+  __attribute__((always_inline)) BlockOutputs(const BlockRow<T>& block, int64_t first, int64_t pixels)
+      : y(static_cast<T*>(block.y) + first * block.y_pixel),
+        row(block.y_row),
+        pixel(block.y_pixel),
+        streamed(kVectorBytes == kBlockBytes && block.streamed && !block.staged) {
+    if (!block.staged) return;
+    const int64_t base = block_channel<T>(block.first, block.channels);
+    pixel = block.last - base;
+    row = pixels * pixel;
+    y = block.staged - base;
+  }
+  // Writes vector i at place.operator()<i>().
+  template <int kCount, class Place>
+  __attribute__((always_inline)) void write(const Vec<T>* values, Place place) const {
+    if (streamed) {
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+        stream_narrow(y + place.template operator()<i>(), values[i]);
+      });
+    } else {
+      unroll<kCount>([&]<int i>()
+                         __attribute__((always_inline)) { store(y + place.template operator()<i>(), values[i]); });
+    }
+  }
+};
+
 // Kernels of 5 and 7 taps, and of one, also take single taps; the others serve rows that they divide. (Each doubles the
 // code.)
 template <int kTaps>
@@ -182,14 +214,7 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       const Segment* end = groups[group_count - 1].end[2][1];
       for (Segment* s = groups[0].begin; s != end; ++s) s->inside = columns_inside(s->low, s->high, pixel * kStride);
     }
-    T* y = static_cast<T*>(row.y) + pixel * row.y_pixel;
-    int64_t y_row = row.y_row, y_pixel = row.y_pixel;
-    if (row.staged) {
-      y_pixel = last - block_channel<T>(row.first, channels);
-      y_row = kPixels * y_pixel;
-      y = row.staged - block_channel<T>(row.first, channels);
-    }
-    const bool streamed = kVectorBytes == kBlockBytes && row.streamed && !row.staged;
+    const BlockOutputs<T> out(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
@@ -224,16 +249,9 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       if (group_count > 1)
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
-      const auto write = [&](auto put) __attribute__((always_inline)) {
-        unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-          put(y + c + i / kPixels * y_row + i % kPixels * y_pixel, acc[i]);
-        });
-      };
-      if (streamed) {
-        write([](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
-      } else {
-        write([](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
-      }
+      out.template write<kCount>(acc, [&]<int i>() __attribute__((always_inline)) {
+        return c + i / kPixels * out.row + i % kPixels * out.pixel;
+      });
     }
     if (row.staged) row.put(row, pixel, kRows, kPixels);
   }
@@ -252,14 +270,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   const Activation activation = row.activation.kind;
   for (; runs > 0; --runs, pixel += kPixels) {
     const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
-    T* y = static_cast<T*>(row.y) + pixel * row.y_pixel;
-    int64_t y_row = row.y_row, y_pixel = row.y_pixel;
-    if (row.staged) {
-      y_pixel = last - block_channel<T>(row.first, channels);
-      y_row = kPixels * y_pixel;
-      y = row.staged - block_channel<T>(row.first, channels);
-    }
-    const bool streamed = kVectorBytes == kBlockBytes && row.streamed && !row.staged;
+    const BlockOutputs<T> out(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const S* x[kIn];
     unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = keep(columns + row.window.x[q]); });
@@ -297,17 +308,10 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         });
       });
       if (activation != Activation::none) activate_vectors<kVectors * kCount, T>(row.activation, acc);
-      const auto write = [&](auto put) __attribute__((always_inline)) {
-        unroll<kVectors * kCount>([&]<int i>() __attribute__((always_inline)) {
-          constexpr int v = i / kCount, r = i % kCount / kPixels, p = i % kPixels;
-          put(y + c + v * kL + r * y_row + p * y_pixel, acc[i]);
-        });
-      };
-      if (streamed) {
-        write([](T* to, Vec<T> value) __attribute__((always_inline)) { stream_narrow(to, value); });
-      } else {
-        write([](T* to, Vec<T> value) __attribute__((always_inline)) { store(to, value); });
-      }
+      out.template write<kVectors * kCount>(acc, [&]<int i>() __attribute__((always_inline)) {
+        constexpr int v = i / kCount, r = i % kCount / kPixels, p = i % kPixels;
+        return c + v * kL + r * out.row + p * out.pixel;
+      });
     }
     if (row.staged) row.put(row, pixel, kRows, kPixels);
   }

@@ -16,6 +16,7 @@ struct ChannelMap {
 // Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+// Do input and output (of a gradient: its source and target) exceed that?
 template <class S>
 static bool is_large(const DepthwiseProblem& p) {
   const int64_t channels = p.channels * p.multiplier;
