@@ -34,11 +34,11 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """256 threads of any kernel, 512 of those that go through shared memory but for a few of the largest tile."""
+    """256 threads of any kernel, 512 of those that go through shared memory but for a few with tiles of 128 outputs."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
     through_shared = [k for k in table if "nchw" in k.kernel or "fused" in k.kernel]
-    assert all(k.registers <= 128 or "<128, 128, 8>" in k.kernel for k in through_shared)
+    assert all(k.registers <= 128 or re.search("fused_forward<.*, 128, ", k.kernel) for k in through_shared)
     assert sum(k.registers > 128 for k in through_shared) <= len(through_shared) / 8
 
 
@@ -153,7 +153,7 @@ def test_fused_kernels_use_tensor_cores(source, tmp_path):
     The hot loops: at least two HMMA for each ldmatrix, and of a row of taps three tenths multiply-adds; of a strict
     product seven tenths."""
     kernels = {name: code for name, code in compiled(source, tmp_path).items() if "fused_forward" in name}
-    assert len(kernels) >= 8
+    assert len(kernels) >= 4
     for name, code in kernels.items():
         strict, tf32 = "fused_forwardIf" in name, "4Tf32" in name
         text = "\n".join(code[0])

@@ -24,14 +24,17 @@ bool fits(const SeparableProblem& p) {
 bool aligned(int64_t stride, int64_t size, DType dtype) { return size == 1 || stride * element_size(dtype) % 16 == 0; }
 
 // Strides of dimensions of one element mean nothing.
-Map map_of(const View& v, DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3], bool pixels_inner) {
+Map map_of(const View& v, int64_t batch, int64_t channels, const int64_t (&size)[3]) {
   const auto stride = [&](int i, int64_t length) { return length == 1 ? 0 : v.stride[i]; };
-  Map m{v.data, stride(0, batch), narrow(stride(1, channels)), narrow(stride(3, size[1])), narrow(stride(4, size[2])),
-        false};
-  const bool others = aligned(m.image, batch, dtype) && aligned(m.row, size[1], dtype) &&
-                      aligned(pixels_inner ? m.channel : m.column, pixels_inner ? channels : size[2], dtype);
-  m.wide = (pixels_inner ? m.column : m.channel) == 1 && others && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-  return m;
+  return {v.data, stride(0, batch), narrow(stride(1, channels)), narrow(stride(3, size[1])),
+          narrow(stride(4, size[2]))};
+}
+
+// Whether neighbouring channels, or columns, can be moved 16 bytes at a time.
+bool wide(const View& v, DType dtype, int64_t batch, int64_t channels, const int64_t (&size)[3], bool columns_inner) {
+  return v.stride[columns_inner ? 4 : 1] == 1 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0 &&
+         aligned(v.stride[0], batch, dtype) && aligned(v.stride[3], size[1], dtype) &&
+         (columns_inner ? aligned(v.stride[1], channels, dtype) : aligned(v.stride[4], size[2], dtype));
 }
 
 // The input of a tile of `rows` x `columns` outputs.
@@ -49,10 +52,15 @@ FusedParameters parameters_of(const SeparableProblem& p, bool pixels_inner) {
   const PointwiseProblem& pw = p.pointwise;
   const Window& w = d.window;
   FusedParameters q{};
-  q.x = map_of(d.x, d.dtype, d.batch, d.channels, w.in, false);
-  q.x.wide &= d.multiplier == 1;
-  q.y = map_of(pw.y, d.dtype, d.batch, pw.out_channels, w.out, pixels_inner);
-  if (pw.residual.data) q.residual = map_of(pw.residual, d.dtype, d.batch, pw.out_channels, w.out, pixels_inner);
+  q.x = map_of(d.x, d.batch, d.channels, w.in);
+  q.y = map_of(pw.y, d.batch, pw.out_channels, w.out);
+  if (pw.residual.data) q.residual = map_of(pw.residual, d.batch, pw.out_channels, w.out);
+  q.wide_input = d.multiplier == 1 && wide(d.x, d.dtype, d.batch, d.channels, w.in, false);
+  const auto whole = [&](const View& v) {
+    return !v.data || (wide(v, d.dtype, d.batch, pw.out_channels, w.out, pixels_inner) &&
+                       (pixels_inner ? w.out[2] : pw.out_channels) * element_size(d.dtype) % 16 == 0);
+  };
+  q.wide_outputs = whole(pw.y) && whole(pw.residual);
   q.depthwise_weight = d.weight.data;
   q.depthwise_bias = d.bias.data;
   q.weight = pw.weight.data;
@@ -77,30 +85,36 @@ FusedParameters parameters_of(const SeparableProblem& p, bool pixels_inner) {
   return q;
 }
 
+// Of a tile.
+int64_t pixels_of(const FusedParameters& q) { return int64_t{1} << (q.tile_shift + q.height_shift); }
+int64_t threads_of(int64_t pixels) { return pixels * (kMostThreads / kMostPixels); }
+
 // The bytes of shared memory behind the depthwise values: see FusedBlock.
-int64_t staged_bytes(const FusedParameters& q, const FusedShape& shape, int64_t stages) {
-  const int64_t box = int64_t{q.box_rows} * q.box_pitch * kRowBytes;
+int64_t staged_bytes(const FusedParameters& q, int64_t outputs, int64_t stages) {
+  const int64_t box = int64_t{q.box_rows} * q.box_pitch * kRowBytes, warps = threads_of(pixels_of(q)) / kWarp;
   const int64_t taps = 2 * (int64_t{q.rows.taps} * q.columns.taps + 1) * kTapPitch * int64_t{sizeof(float)};
-  return stages * shape.weight_bytes + max64(stages * box + taps, shape.sum_bytes);
+  const int64_t sums = warps * kSumRows * kSumPitch * int64_t{sizeof(float)};
+  return stages * outputs * kRowBytes + max64(stages * box + taps, sums);
 }
 
 // Of the tiles whose boxes fit into `room`, the one with the least to read and to compute; false if none does. Where
 // columns lie side by side they come in sectors of 32 bytes, and a row of outputs fills one.
-bool choose_tile(FusedParameters& q, const SeparableProblem& p, const FusedShape& shape, bool pixels_inner,
+bool choose_tile(FusedParameters& q, const SeparableProblem& p, int pixels_shift, int64_t outputs, bool pixels_inner,
                  int64_t room) {
   const Window& w = p.depthwise.window;
   const int64_t size = element_size(p.depthwise.dtype);
   int64_t least = INT64_MAX;
   FusedParameters best = q;
-  for (int shift = pixels_inner && size == 2 ? 4 : 3; 1 << shift <= shape.pixels; ++shift) {
-    const int64_t columns = 1 << shift, rows = shape.pixels >> shift;
-    set_box(q, w, rows, columns);
-    if (staged_bytes(q, shape, 2) > room) continue;
+  for (int shift = pixels_inner && size == 2 ? 4 : 3; shift <= pixels_shift; ++shift) {
     q.tile_shift = shift;
+    q.height_shift = pixels_shift - shift;
+    const int64_t columns = int64_t{1} << q.tile_shift, rows = int64_t{1} << q.height_shift;
+    set_box(q, w, rows, columns);
+    if (staged_bytes(q, outputs, 2) > room) continue;
     q.row_tiles = narrow(ceil_div(w.out[1], rows));
     q.column_tiles = narrow(ceil_div(w.out[2], columns));
     const int64_t read = pixels_inner ? round_up(q.box_columns * size + 16, 32) / size : q.box_columns;
-    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * read + 2 * shape.pixels);
+    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * read + 2 * rows * columns);
     if (work >= least) continue;
     least = work;
     best = q;
@@ -119,15 +133,14 @@ constexpr double kTapCost = 2, kValueCost = 6;
 constexpr double kStepNs = 100, kStepsAround = 4;
 
 // Times of the busiest multiprocessor, of which `beside` blocks run at once.
-void estimate(FusedPlan& plan, const SeparableProblem& p, const FusedShape& shape, const Machine& machine,
-              int64_t beside) {
+void estimate(FusedPlan& plan, const SeparableProblem& p, int64_t outputs, const Machine& machine, int64_t beside) {
   const FusedParameters& q = plan.parameters;
   const double rate = machine.peak_gflops / 2 / machine.multiprocessors;  // multiply-adds of a nanosecond
   const int64_t size = element_size(p.depthwise.dtype);
-  const double values = double(shape.pixels) * q.channels;
+  const double values = double(pixels_of(q)) * q.channels;
   const double depthwise = values * (kTapCost * double(product(p.depthwise.window.taps)) + kValueCost) / rate;
-  const double products = values * shape.outputs * q.tiles / (rate * product_rate(p.pointwise, machine));
-  const double rows_read = double(q.box_rows) * q.box_columns + double(shape.outputs) * q.tiles;
+  const double products = values * double(outputs) * q.tiles / (rate * product_rate(p.pointwise, machine));
+  const double rows_read = double(q.box_rows) * q.box_columns + double(outputs) * q.tiles;
   const double read = rows_read * q.channels * double(size) / (machine.cache_gbs / machine.multiprocessors);
   // Tensor cores work beside the others.
   const bool tensor = product_rate(p.pointwise, machine) > 1;
@@ -157,38 +170,42 @@ const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool 
   return fits(p) ? nullptr : "offsets within an image, or columns, beyond 2^30";
 }
 
-FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pixels_inner, Dataflow dataflow,
-                     const Machine& machine) {
+FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t resident_threads, bool pixels_inner,
+                     Dataflow dataflow, const Machine& machine) {
   FusedPlan best{};
   best.busy_us = HUGE_VAL;
   FusedPlan plan{};
   FusedParameters& q = plan.parameters;
   q = parameters_of(p, pixels_inner);
   const bool resident = dataflow == Dataflow::resident;
-  const int64_t output_tiles = ceil_div(p.pointwise.out_channels, shape.outputs);
-  const int64_t chunks = ceil_div(p.pointwise.in_channels, kRowBytes / element_size(p.depthwise.dtype));
-  const int64_t reserved = reserved_bytes(machine), map = (resident ? chunks : 2) * shape.map_bytes;
-  if (resident && output_tiles < 2) return best;
-  if (!choose_tile(q, p, shape, pixels_inner, machine.shared_bytes - reserved - map)) return best;
-
   q.resident = resident ? -1 : 1;
-  // Blocks that a multiprocessor runs at once.
-  const auto beside = [&](int64_t stages) {
-    const int64_t bytes = map + staged_bytes(q, shape, stages) + reserved;
-    const int64_t room = min64(shape.resident_blocks, machine.shared_bytes / bytes);
-    return min64(room, ceil_div(plan.blocks, machine.multiprocessors));
-  };
-  // The fewer tiles of outputs a block has, the more blocks there are, and the more often depthwise values are computed.
-  for (int64_t splits = resident ? 1 : output_tiles; splits <= output_tiles; splits *= 2) {
-    q.tiles = narrow(ceil_div(output_tiles, splits));
-    q.splits = narrow(ceil_div(output_tiles, q.tiles));
-    if (resident && q.tiles < 2) break;
-    plan.blocks = p.depthwise.batch * q.row_tiles * q.column_tiles * q.splits;
-    if (plan.blocks > kLargestGrid) break;
-    q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
-    plan.shared_bytes = map + staged_bytes(q, shape, q.stages);
-    estimate(plan, p, shape, machine, beside(q.stages));
-    if (plan.us() < best.us()) best = plan;
+  const int64_t output_tiles = ceil_div(p.pointwise.out_channels, outputs);
+  const int64_t chunks = ceil_div(p.pointwise.in_channels, kRowBytes / element_size(p.depthwise.dtype));
+  if (resident && output_tiles < 2) return best;
+
+  // Of the smallest tiles come the most blocks and the smallest boxes. A warp has half as many pixels as outputs, or 32.
+  for (int pixels_shift = pixels_inner && outputs > 64 ? 6 : 5; 1 << pixels_shift <= kMostPixels; ++pixels_shift) {
+    const int64_t reserved = reserved_bytes(machine), map = (resident ? chunks : 2) * (kRowBytes << pixels_shift);
+    if (!choose_tile(q, p, pixels_shift, outputs, pixels_inner, machine.shared_bytes - reserved - map)) break;
+    plan.threads = narrow(threads_of(pixels_of(q)));
+    // Blocks that a multiprocessor runs at once.
+    const auto beside = [&](int64_t stages) {
+      const int64_t bytes = map + staged_bytes(q, outputs, stages) + reserved;
+      const int64_t room = min64(resident_threads / plan.threads, machine.shared_bytes / bytes);
+      return min64(room, ceil_div(plan.blocks, machine.multiprocessors));
+    };
+    // The fewer tiles of outputs a block has, the more blocks there are, and the more often depthwise values are made.
+    for (int64_t splits = resident ? 1 : output_tiles; splits <= output_tiles; splits *= 2) {
+      q.tiles = narrow(ceil_div(output_tiles, splits));
+      q.splits = narrow(ceil_div(output_tiles, q.tiles));
+      if (resident && q.tiles < 2) break;
+      plan.blocks = p.depthwise.batch * q.row_tiles * q.column_tiles * q.splits;
+      if (plan.blocks > kLargestGrid) break;
+      q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
+      plan.shared_bytes = map + staged_bytes(q, outputs, q.stages);
+      estimate(plan, p, outputs, machine, beside(q.stages));
+      if (plan.us() < best.us()) best = plan;
+    }
   }
   return best;
 }

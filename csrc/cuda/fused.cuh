@@ -1,9 +1,12 @@
 // Depthwise, mid activation and pointwise forward in one kernel: the depthwise map stays in the multiprocessor.
 //
-// A block computes kPixels pixels (a tile of rows x columns of one image) x one or several tiles of kOutputs outputs.
-// It walks through the channels, 64 bytes of them at a time: the inputs of the tile and its halo go to shared memory,
-// CUDA cores make of them the depthwise values, rounded to the tensors' type as memory would round them (to tf32 where
-// that is what is multiplied), and a product with as many columns of the pointwise weights adds to the sums in registers.
+// A block computes a tile of pixels (rows x columns of one image) x one or several tiles of kOutputs outputs. It walks
+// through the channels, 64 bytes of them at a time: the inputs of the tile and its halo go to shared memory, CUDA cores
+// make of them the depthwise values, rounded to the tensors' type as memory would round them (to tf32 where that is what
+// is multiplied), and a product with as many columns of the pointwise weights adds to the sums in registers.
+//
+// What a warp has, 32 pixels x half of the outputs or 32 outputs x pixels, is the same whatever the tile: how many pixels
+// that has, and how many warps the block, is known at run time only, and all tiles share a kernel.
 //
 // Two dataflows differ in how many chunks of depthwise values shared memory holds. Accumulators: two of them, one that is
 // multiplied while the next is made; a block has one tile of outputs, and blocks of other tiles compute the depthwise
@@ -22,27 +25,27 @@
 
 namespace dsconv::cuda {
 
-// A tensor of [images, channels, rows, columns]. wide: what lies side by side is moved 16 bytes at a time.
+// A tensor of [images, channels, rows, columns].
 struct Map {
   void* data;
   int64_t image;
   int channel, row, column;
-  bool wide;
 };
 
 struct FusedParameters {
   Map x, y, residual;
   const void *depthwise_weight, *depthwise_bias, *weight, *bias;
   int64_t depthwise_channel, depthwise_tap, depthwise_bias_channel, weight_output, weight_channel, bias_output;
-  bool wide_weight;
+  // What lies side by side is moved 16 bytes at a time.
+  bool wide_input, wide_weight, wide_outputs;
   Axis rows, columns;
   int row_stride, column_stride;
   int channels, multiplier, outputs;
-  int tile_shift;               // of the tile's columns; kPixels >> tile_shift rows
-  int row_tiles, column_tiles;  // of an image
-  int splits;                   // of the outputs over blocks
-  int tiles;                    // of outputs, of a block
-  int resident;                 // of a chunk's number, the bits that say where its depthwise values are: 1, or all
+  int tile_shift, height_shift;  // a tile has 1 << tile_shift columns and 1 << height_shift rows
+  int row_tiles, column_tiles;   // of an image
+  int splits;                    // of the outputs over blocks
+  int tiles;                     // of outputs, of a block
+  int resident;                  // of a chunk's number, the bits that say where its depthwise values are: 1, or all
   // The input of a tile: with row_split 2 even rows come before odd ones, so that lanes whose outputs are neighbours
   // downwards read neighbouring rows.
   int box_rows, box_columns, box_pitch, row_split, rows_of_phase;
@@ -50,43 +53,37 @@ struct FusedParameters {
   ActivationSpec mid, activation;
 };
 
-// What a block computes, and its warps.
-template <int pixels, int outputs, int warps>
-struct FusedTile {
-  static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
-  // Depthwise values and weights of a chunk; sums on their way out.
-  static constexpr int kMapBytes = pixels * kRowBytes, kWeightBytes = outputs * kRowBytes;
-  static constexpr int kSumBytes = warps * kSumRows * kSumPitch * int{sizeof(float)};
-};
+// A block has two threads for each pixel.
+constexpr int kMostPixels = 128, kMostThreads = 2 * kMostPixels;
 
 // Taps and bias of a chunk of channels: floats, [tap][channel], the bias behind the taps.
 constexpr int kTapPitch = 36;
 
 // kTaps and kStride of 0 are counted at run time. kPixelsInner: neighbouring pixels lie side by side (contiguous), else
 // neighbouring channels (channels_last).
-template <class F, class Tile, int kTaps, int kStride, bool kPixelsInner>
+template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
 class FusedBlock {
   using S = Storage<F>;
   static constexpr int kVector = kWide<S>, kSlab = kChunk<S>;
-  static constexpr int kQuads = kSlab / 4;                                // threads across the channels of a chunk
-  static constexpr int kGroup = Tile::kPixels * kQuads / Tile::kThreads;  // pixels of a thread, side by side
-  using Sums = std::conditional_t<kPixelsInner, Product<F, Tile::kOutputs, Tile::kPixels, Tile::kWarps, true>,
-                                  Product<F, Tile::kPixels, Tile::kOutputs, Tile::kWarps, false>>;
+  static constexpr int kQuads = kSlab / 4;   // threads across the channels of a chunk
+  static constexpr int kGroup = kQuads / 2;  // pixels of a thread, side by side
+  static constexpr int kWeightBytes = kOutputs * kRowBytes;
+  using Sums = Product<F, kOutputs / 2, kPixelsInner>;
 
  public:
   __device__ FusedBlock(const FusedParameters& p, unsigned char* shared) : p_(p), shared_(shared) {
     int block = static_cast<int>(blockIdx.x);
-    output_ = block % p.splits * p.tiles * Tile::kOutputs;
+    output_ = block % p.splits * p.tiles * kOutputs;
     block /= p.splits;
     column_ = block % p.column_tiles << p.tile_shift;
     block /= p.column_tiles;
-    row_ = block % p.row_tiles * (Tile::kPixels >> p.tile_shift);
+    row_ = block % p.row_tiles << p.height_shift;
     image_ = block / p.row_tiles;
     chunks_ = (p.channels + kSlab - 1) / kSlab;
   }
 
   __device__ void compute() {
-    const int tiles = min(p_.tiles, (p_.outputs - output_ + Tile::kOutputs - 1) / Tile::kOutputs);
+    const int tiles = min(p_.tiles, (p_.outputs - output_ + kOutputs - 1) / kOutputs);
     const int stages = p_.stages, steps = tiles * chunks_;
     const bool product_first = threadIdx.x / 128 % 2 == 1;
     Step now{-stages, 0};
@@ -116,11 +113,11 @@ class FusedBlock {
             if (step + 1 < chunks_) depthwise(step + 1, after);
           } else if (step >= 0) {
             const Operand pixels = map(now.chunk), outputs = weight(slot);
-            sums_.add(kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, halves(now.chunk));
+            sums_.add(share(), kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, halves(now.chunk));
           }
         }
         if (now.chunk == chunks_ - 1) {
-          store(output_ + now.tile * Tile::kOutputs);
+          store(output_ + now.tile * kOutputs);
           sums_.start();
         }
       }
@@ -141,18 +138,27 @@ class FusedBlock {
     }
   };
 
+  // A warp's part of the product.
+  __device__ static WarpTile share() {
+    constexpr int kDown = kOutputs / 32;
+    const int warp = threadIdx.x / 32;
+    return kPixelsInner ? WarpTile{warp % kDown * 32, warp / kDown * Sums::kColumns}
+                        : WarpTile{warp / 2 * 32, warp % 2 * Sums::kColumns};
+  }
+
   // Shared memory: the depthwise values of two chunks or of all, weights, then boxes and the taps of two chunks; these
   // are no longer read when the first sums take their place.
-  __device__ int operand_shift() const { return Tile::kPixels >> p_.tile_shift > 1 ? p_.tile_shift : kGroup / 2; }
+  __device__ int map_bytes() const { return kRowBytes << (p_.tile_shift + p_.height_shift); }
+  __device__ int operand_shift() const { return p_.height_shift > 0 ? p_.tile_shift : kGroup / 2; }
   __device__ Operand map(int chunk) const {
-    return {reinterpret_cast<uint4*>(shared_ + (chunk & p_.resident) * Tile::kMapBytes), operand_shift()};
+    return {reinterpret_cast<uint4*>(shared_ + (chunk & p_.resident) * map_bytes()), operand_shift()};
   }
-  __device__ unsigned char* weights() const { return shared_ + ((p_.resident < 0 ? chunks_ : 2) * Tile::kMapBytes); }
+  __device__ unsigned char* weights() const { return shared_ + (p_.resident < 0 ? chunks_ : 2) * map_bytes(); }
   __device__ Operand weight(int slot) const {
-    return {reinterpret_cast<uint4*>(weights() + slot * Tile::kWeightBytes), operand_shift()};
+    return {reinterpret_cast<uint4*>(weights() + slot * kWeightBytes), operand_shift()};
   }
   __device__ unsigned char* box(int slot) const {
-    return weights() + p_.stages * Tile::kWeightBytes + slot * p_.box_rows * p_.box_pitch * kRowBytes;
+    return weights() + p_.stages * kWeightBytes + slot * p_.box_rows * p_.box_pitch * kRowBytes;
   }
   __device__ float* taps(int chunk) const {
     return reinterpret_cast<float*>(box(p_.stages)) + chunk % 2 * (p_.rows.taps * p_.columns.taps + 1) * kTapPitch;
@@ -212,7 +218,7 @@ class FusedBlock {
       if (channel >= p_.channels) return;
       auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + down, column + across, 16 * u));
       const S* const from = x + row * p_.x.row + column * p_.x.column;
-      if (p_.x.wide) {
+      if (p_.wide_input) {
         copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
       } else {
         int source = channel / p_.multiplier, of_source = channel % p_.multiplier;
@@ -234,11 +240,11 @@ class FusedBlock {
   // Zeros for the channels that do not exist. What outputs that do not exist would be is never stored.
   __device__ void load_weight(const Step& step, int tiles, int slot) {
     if (step.chunk < 0 || step.tile >= tiles) return;
-    const int first = step.chunk * kSlab, start = output_ + step.tile * Tile::kOutputs;
-    const int outputs = min(p_.outputs - start, Tile::kOutputs), units = kUnits / 2 * halves(step.chunk);
+    const int first = step.chunk * kSlab, start = output_ + step.tile * kOutputs;
+    const int outputs = min(p_.outputs - start, kOutputs), units = kUnits / 2 * halves(step.chunk);
     const Operand to = weight(slot);
     const S* const from = static_cast<const S*>(p_.weight) + start * p_.weight_output;
-    for (int i = threadIdx.x; i < outputs * kUnits; i += Tile::kThreads) {
+    for (int i = threadIdx.x; i < outputs * kUnits; i += blockDim.x) {
       const int output = i / kUnits, u = i % kUnits, channel = first + u * kVector;
       if (u >= units) continue;
       const S* const row = from + output * p_.weight_output;
@@ -284,8 +290,8 @@ class FusedBlock {
 
   // A thread has four channels of kGroup neighbouring pixels. Lanes go through the channels, then down the tile.
   __device__ void depthwise(int chunk, int slot) {
-    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads, height = Tile::kPixels >> p_.tile_shift;
-    const int row = group % height, column = group / height * kGroup;
+    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads;
+    const int row = group & ((1 << p_.height_shift) - 1), column = (group >> p_.height_shift) * kGroup;
     float sum[kGroup][4];
     if constexpr (kTaps == 0) {
       add_any_taps(chunk, slot, quad, row, column, sum);
@@ -399,80 +405,81 @@ class FusedBlock {
     }
   }
 
-  // Through shared memory, kSumRows x 32 sums of a warp at a time, so that a lane has eight neighbours.
+  // Through shared memory, kSumRows x 32 sums of a warp at a time, so that neighbours are stored together: by a lane, 16
+  // bytes of them, or by as many lanes.
   __device__ void store(int first_output) {
-    using Share = WarpTile<kPixelsInner ? Tile::kOutputs : Tile::kPixels, kPixelsInner ? Tile::kPixels : Tile::kOutputs,
-                           Tile::kWarps>;
-    const Share share;
-    const int lane = threadIdx.x % 32;
+    const WarpTile tile = share();
     float* const sums = reinterpret_cast<float*>(box(0)) + threadIdx.x / 32 * (kSumRows * kSumPitch);
 #pragma unroll 1
-    for (int block = 0; block < Share::kColumns / 32 * (Share::kRows / kSumRows); ++block) {
-      const int part = block / 2, half = block % 2;
+    for (int block = 0; block < Sums::kColumns / kSumRows; ++block) {
+      const int part = block / 2, half = block % 2, row = tile.row + kSumRows * half, column = tile.column + 32 * part;
       sums_.put(part, half, sums);
       __syncwarp();
-#pragma unroll 1
-      for (int i = lane; i < kSumRows * 4; i += 32) {
-        // Odd rows are read the other half first, which lies in other banks.
-        const int row = i / 4, odd = row % 2;
-        const float* const from = sums + row * kSumPitch + i % 4 * 8;
-        const float4 one = *reinterpret_cast<const float4*>(from + 4 * odd),
-                     other = *reinterpret_cast<const float4*>(from + 4 - 4 * odd);
-        const float4 low = odd ? other : one, high = odd ? one : other;
-        float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        finish(first_output, share.row + kSumRows * half + row, share.column + 32 * part + i % 4 * 8, value);
+      if (p_.wide_outputs) {
+        store_sums<kVector>(first_output, row, column, sums);
+      } else {
+        store_sums<1>(first_output, row, column, sums);
       }
       __syncwarp();
     }
   }
 
-  // Eight sums of neighbouring outputs of one pixel, or of neighbouring pixels of one output.
-  __device__ void finish(int first_output, int row, int first, float (&value)[8]) const {
+  template <int V>
+  __device__ void store_sums(int first_output, int first_row, int first_column, const float* sums) const {
+    constexpr int kAcross = 32 / V;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < kSumRows * kAcross; i += 32) {
+      const int row = i / kAcross, column = i % kAcross * V;
+      const float* const from = sums + row * kSumPitch + column;
+      float value[V];
+      if constexpr (V == 1) {
+        value[0] = *from;
+      } else {
+        // Of eight, odd rows are read the other half first, which lies in other banks.
+        const int odd = V == 8 ? row % 2 : 0;
+        float4 four[V / 4];
+#pragma unroll
+        for (int f = 0; f < V / 4; ++f) four[f] = *reinterpret_cast<const float4*>(from + 4 * (f ^ odd));
+#pragma unroll
+        for (int f = 0; f < V / 4; ++f) {
+          const float4 some = V == 8 && odd ? four[f ^ 1] : four[f];
+          value[4 * f] = some.x;
+          value[4 * f + 1] = some.y;
+          value[4 * f + 2] = some.z;
+          value[4 * f + 3] = some.w;
+        }
+      }
+      finish(first_output, first_row + row, first_column + column, value);
+    }
+  }
+
+  // Sums of V neighbouring outputs of one pixel, or of neighbouring pixels of one output.
+  template <int V>
+  __device__ void finish(int first_output, int row, int first, float (&value)[V]) const {
     const int pixel = kPixelsInner ? first : row, output = first_output + (kPixelsInner ? row : first);
     const int y = row_ + (pixel >> p_.tile_shift), x = column_ + (pixel & ((1 << p_.tile_shift) - 1));
     if (y >= p_.rows.out || x >= p_.columns.out || output >= p_.outputs) return;
-    const int count = min(8, kPixelsInner ? p_.columns.out - x : p_.outputs - output);
     if (p_.bias) {
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        if (v < count)
-          value[v] += widen(__ldg(static_cast<const S*>(p_.bias) + (output + (kPixelsInner ? 0 : v)) * p_.bias_output));
-      }
+      for (int v = 0; v < V; ++v)
+        value[v] += widen(__ldg(static_cast<const S*>(p_.bias) + (output + (kPixelsInner ? 0 : v)) * p_.bias_output));
     }
     const auto at = [&](const Map& m) {
       return static_cast<S*>(m.data) + image_ * m.image + output * m.channel + y * m.row + x * m.column;
     };
-    const auto step = [](const Map& m) { return kPixelsInner ? m.column : m.channel; };
     if (p_.residual.data) {
-      const S* const from = at(p_.residual);
-      if (p_.residual.wide && count == 8) {
+      Channels<S, V> other;
+      other.load(at(p_.residual));
 #pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-          Channels<S, kVector> some;
-          some.load(from + i / kVector * kVector);
-          float four[4];
-          some.part(i % kVector / 4, four);
+      for (int part = 0; part < other.kParts; ++part) {
+        float some[other.kPart];
+        other.part(part, some);
 #pragma unroll
-          for (int v = 0; v < 4; ++v) value[i + v] += four[v];
-        }
-      } else {
-#pragma unroll
-        for (int v = 0; v < 8; ++v) {
-          if (v < count) value[v] += widen(__ldg(from + v * step(p_.residual)));
-        }
+        for (int v = 0; v < other.kPart; ++v) value[part * other.kPart + v] += some[v];
       }
     }
     activate_values(value, p_.activation);
-    S* const to = at(p_.y);
-    if (p_.y.wide && count == 8) {
-#pragma unroll
-      for (int i = 0; i < 8; i += kVector) Channels<S, kVector>::store(value + i, to + i);
-    } else {
-#pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        if (v < count) narrow(value[v], to + v * step(p_.y));
-      }
-    }
+    Channels<S, V>::store(value, at(p_.y));
   }
 
   const FusedParameters& p_;
@@ -481,15 +488,15 @@ class FusedBlock {
   Sums sums_;
 };
 
-// Blocks that the registers of a multiprocessor hold: 512 threads with 128 each, or half of them where that would not do.
-template <class F, class Tile, int kTaps, int kStride, bool kPixelsInner>
-constexpr int kResident =
-    Tile::kThreads == 256 && (__is_same(F, float) ? kPixelsInner : kTaps * kStride >= 7) ? 1 : 512 / Tile::kThreads;
+// Threads that the registers of a multiprocessor hold: with 128 each, or with twice as many where that would not do.
+template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
+constexpr int kResidentThreads =
+    kOutputs == 128 && (__is_same(F, float) ? kPixelsInner : kTaps * kStride >= 7) ? 256 : 512;
 
-template <class F, class Tile, int kTaps, int kStride, bool kPixelsInner>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<F, Tile, kTaps, kStride, kPixelsInner>)
-    fused_forward(const FusedParameters p) {
-  FusedBlock<F, Tile, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
+template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
+__global__ void __launch_bounds__(kMostThreads, kResidentThreads<F, kOutputs, kTaps, kStride, kPixelsInner> /
+                                                    kMostThreads) fused_forward(const FusedParameters p) {
+  FusedBlock<F, kOutputs, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
 }
 
 }  // namespace dsconv::cuda

@@ -1,5 +1,5 @@
 // The matrix product within a block of the fused kernel: sums += P Q^T, where the rows of P and Q are pixels and outputs
-// or, for contiguous tensors, outputs and pixels. A warp has 32 rows of P and kColumns rows of Q.
+// or, for contiguous tensors, outputs and pixels. A warp has 32 rows of P and kColumns, 32 or 64, rows of Q.
 //
 // F names the factors: the storage type of the tensors, which for __half and __nv_bfloat16 means tensor cores and for
 // float means none, or Tf32: float tensors whose values are rounded for tensor cores.
@@ -32,17 +32,9 @@ struct Operand {
   }
 };
 
-// How the warps of a block share the product.
-template <int kRowsOfP, int kRowsOfQ, int kWarps>
+// A warp's part of the product: the first of its rows of P and of Q.
 struct WarpTile {
-  static constexpr int kRows = 32, kDown = kRowsOfP / kRows, kColumns = kRowsOfQ / (kWarps / kDown);
-  static_assert(kRowsOfP % kRows == 0 && kWarps % kDown == 0 && kColumns % 32 == 0);
-
-  int row, column;  // the first of P, the first of Q
-
-  __device__ WarpTile()
-      : row(static_cast<int>(threadIdx.x / 32) % kDown * kRows),
-        column(static_cast<int>(threadIdx.x / 32) / kDown * kColumns) {}
+  int row, column;
 };
 
 // The sums that a warp lays out in shared memory at a time: kSumRows x 32.
@@ -67,12 +59,10 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 // On tensor cores: ldmatrix gives each lane the words of a row that mma expects, whether a word is two halves or a float.
-template <class F, int kRowsOfP, int kRowsOfQ, int kWarps, bool kWeightsAreP>
+template <class F, int columns, bool kWeightsAreP>
 class Product {
-  using Tile = WarpTile<kRowsOfP, kRowsOfQ, kWarps>;
-
  public:
-  static constexpr int kColumns = Tile::kColumns;
+  static constexpr int kColumns = columns;
 
   __device__ void start() {
 #pragma unroll
@@ -83,8 +73,7 @@ class Product {
   }
 
   // Adds `steps` halves of a chunk.
-  __device__ void add(const Operand& p, const Operand& q, int steps) {
-    const Tile tile;
+  __device__ void add(const WarpTile& tile, const Operand& p, const Operand& q, int steps) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -138,12 +127,10 @@ class Product {
 };
 
 // In float32 as it is: on CUDA cores. A lane has rows 8 i + lane % 8 of P and, of each 32 rows of Q, eight neighbours.
-template <int kRowsOfP, int kRowsOfQ, int kWarps, bool kWeightsAreP>
-class Product<float, kRowsOfP, kRowsOfQ, kWarps, kWeightsAreP> {
-  using Tile = WarpTile<kRowsOfP, kRowsOfQ, kWarps>;
-
+template <int columns, bool kWeightsAreP>
+class Product<float, columns, kWeightsAreP> {
  public:
-  static constexpr int kColumns = Tile::kColumns;
+  static constexpr int kColumns = columns;
 
   __device__ void start() {
 #pragma unroll
@@ -153,8 +140,7 @@ class Product<float, kRowsOfP, kRowsOfQ, kWarps, kWeightsAreP> {
     }
   }
 
-  __device__ void add(const Operand& p, const Operand& q, int steps) {
-    const Tile tile;
+  __device__ void add(const WarpTile& tile, const Operand& p, const Operand& q, int steps) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int u = 0; u < 2 * steps; ++u) {

@@ -12,23 +12,20 @@ namespace dsconv::cuda {
 // Where the depthwise values are while they are multiplied: see fused.cuh.
 enum class Dataflow : uint8_t { accumulators, resident };
 
-// A problem cut into tiles of one shape, and estimates: of the arithmetic and what it reads, and of latencies.
+// A problem cut into tiles, and estimates: of the arithmetic and what it reads, and of latencies.
 struct FusedPlan {
   FusedParameters parameters;
   int64_t blocks, shared_bytes;
+  int threads;
   double busy_us, latency_us;
 
   double us(double efficiency = 1) const { return busy_us / efficiency + latency_us; }
 };
 
-struct FusedShape {
-  int pixels, outputs, resident_blocks;  // of a multiprocessor, by their registers
-  int64_t map_bytes, weight_bytes, sum_bytes;
-};
-
-// The plan with the least time; infinite where a block does not fit the GPU.
-FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pixels_inner, Dataflow dataflow,
-                     const Machine& machine);
+// The plan with the least time, of tiles of so many outputs and any number of pixels; infinite where no block fits the
+// GPU, whose multiprocessors have registers for `resident_threads`.
+FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t resident_threads, bool pixels_inner,
+                     Dataflow dataflow, const Machine& machine);
 
 // What moving inputs, outputs and weights takes, once each.
 double fused_memory_us(const SeparableProblem& p, const Machine& machine);
@@ -36,38 +33,35 @@ double fused_memory_us(const SeparableProblem& p, const Machine& machine);
 // null, or the reason why not. 0 taps or a stride of 0 are any.
 const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool pixels_inner);
 
-using Tiny = FusedTile<32, 64, 2>;
-using Small = FusedTile<64, 64, 4>;
-using Tall = FusedTile<128, 64, 8>;
-using Large = FusedTile<128, 128, 8>;
-
-// A row of kernels.inc, and the tiles it has code for: of the smallest come the most blocks and the smallest boxes.
-template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, class Smallest, class... Larger>
+// A row of kernels.inc. There is code for tiles of 64 outputs, and where that pays of 128: then half as many blocks make
+// the depthwise values anew, and a warp multiplies twice as often with what it reads from shared memory.
+template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, int kMostOutputs>
 struct Fused {
+  static constexpr int kLeastOutputs = 64;
+
   struct Choice {
     FusedPlan plan;
     void (*launch)(const FusedPlan&, const Runtime&);
   };
 
-  template <class F, class Tile>
+  template <class F, int kOutputs>
   static void launch_plan(const FusedPlan& plan, const Runtime& runtime) {
-    cuda::launch("fused_forward", fused_forward<F, Tile, kTaps, kStride, kPixelsInner>, plan.blocks, Tile::kThreads,
+    cuda::launch("fused_forward", fused_forward<F, kOutputs, kTaps, kStride, kPixelsInner>, plan.blocks, plan.threads,
                  plan.shared_bytes, runtime, plan.parameters);
   }
-  template <class F, class Tile>
+  template <class F, int kOutputs>
   static Choice choice(const SeparableProblem& p, const Machine& machine) {
-    constexpr FusedShape kShape{Tile::kPixels,   Tile::kOutputs,     kResident<F, Tile, kTaps, kStride, kPixelsInner>,
-                                Tile::kMapBytes, Tile::kWeightBytes, Tile::kSumBytes};
-    return {plan_fused(p, kShape, kPixelsInner, kDataflow, machine), launch_plan<F, Tile>};
+    constexpr int kThreads = kResidentThreads<F, kOutputs, kTaps, kStride, kPixelsInner>;
+    return {plan_fused(p, kOutputs, kThreads, kPixelsInner, kDataflow, machine), launch_plan<F, kOutputs>};
   }
   template <class F>
   static Choice best(const SeparableProblem& p, const Machine& machine) {
-    Choice best = choice<F, Smallest>(p, machine);
-    const auto consider = [&](const Choice& other) {
-      if (other.plan.us() < best.plan.us()) best = other;
-    };
-    (consider(choice<F, Larger>(p, machine)), ...);
-    return best;
+    const Choice least = choice<F, kLeastOutputs>(p, machine);
+    if constexpr (kMostOutputs > kLeastOutputs) {
+      const Choice most = choice<F, kMostOutputs>(p, machine);
+      if (most.plan.us() < least.plan.us()) return most;
+    }
+    return least;
   }
   static Choice best(const SeparableProblem& p, const Machine& machine) {
     switch (p.depthwise.dtype) {
@@ -79,7 +73,7 @@ struct Fused {
 
   static const char* can_run(const SeparableProblem& p) {
     if (const char* reason = why_not_fused(p, kTaps, kStride, kPixelsInner)) return reason;
-    const int64_t tiles = ceil_div(p.pointwise.out_channels, Smallest::kOutputs);
+    const int64_t tiles = ceil_div(p.pointwise.out_channels, kLeastOutputs);
     if (kDataflow == Dataflow::resident && tiles < 2) return "one tile has all outputs";
     const FusedPlan plan = best(p, kMostShared).plan;  // what a smaller GPU has no room for takes forever there
     return plan.blocks > 0 ? nullptr : "no tile fits shared memory, or more blocks than a grid holds";
@@ -100,9 +94,9 @@ struct Fused {
 // bfloat16 needs the tensor cores of sm_80.
 inline int least_sm_of(const SeparableProblem& p) { return p.depthwise.dtype == DType::bf16 ? 80 : 75; }
 
-template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, class... Tiles>
+template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, int kMostOutputs>
 constexpr Kernel<SeparableProblem> kernel_of_fused() {
-  using Row = Fused<kDataflow, kTaps, kStride, kPixelsInner, Tiles...>;
+  using Row = Fused<kDataflow, kTaps, kStride, kPixelsInner, kMostOutputs>;
   return {.can_run = Row::can_run,
           .workspace_bytes = [](const SeparableProblem&, int) -> size_t { return 0; },
           .launch = Row::launch,
