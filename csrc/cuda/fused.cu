@@ -87,7 +87,7 @@ FusedParameters parameters_of(const SeparableProblem& p, bool pixels_inner) {
 
 // Of a tile.
 int64_t pixels_of(const FusedParameters& q) { return int64_t{1} << (q.tile_shift + q.height_shift); }
-int64_t threads_of(int64_t pixels) { return pixels * (kMostThreads / kMostPixels); }
+int64_t threads_of(int64_t pixels) { return 2 * pixels; }
 
 // The bytes of shared memory behind the depthwise values: see FusedBlock.
 int64_t staged_bytes(const FusedParameters& q, int64_t outputs, int64_t stages) {
@@ -183,10 +183,12 @@ FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t residen
   const int64_t chunks = ceil_div(p.pointwise.in_channels, kRowBytes / element_size(p.depthwise.dtype));
   if (resident && output_tiles < 2) return best;
 
-  // Of the smallest tiles come the most blocks and the smallest boxes. A warp has half as many pixels as outputs, or 32.
-  for (int pixels_shift = pixels_inner && outputs > 64 ? 6 : 5; 1 << pixels_shift <= kMostPixels; ++pixels_shift) {
+  // Of large tiles come the fewest reads, of small ones the most blocks and the smallest boxes. A warp has 32 pixels, or
+  // half as many as outputs.
+  const int64_t least_pixels = pixels_inner ? outputs / 2 : 32;
+  for (int pixels_shift = kMostPixelsShift; 1 << pixels_shift >= least_pixels; --pixels_shift) {
     const int64_t reserved = reserved_bytes(machine), map = (resident ? chunks : 2) * (kRowBytes << pixels_shift);
-    if (!choose_tile(q, p, pixels_shift, outputs, pixels_inner, machine.shared_bytes - reserved - map)) break;
+    if (!choose_tile(q, p, pixels_shift, outputs, pixels_inner, machine.shared_bytes - reserved - map)) continue;
     plan.threads = narrow(threads_of(pixels_of(q)));
     // Blocks that a multiprocessor runs at once.
     const auto beside = [&](int64_t stages) {

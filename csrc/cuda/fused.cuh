@@ -54,7 +54,7 @@ struct FusedParameters {
 };
 
 // A block has two threads for each pixel.
-constexpr int kMostPixels = 128, kMostThreads = 2 * kMostPixels;
+constexpr int kMostPixelsShift = 7, kMostThreads = 2 << kMostPixelsShift;
 
 // Taps and bias of a chunk of channels: floats, [tap][channel], the bias behind the taps.
 constexpr int kTapPitch = 36;
@@ -489,13 +489,12 @@ class FusedBlock {
 };
 
 // Threads that the registers of a multiprocessor hold: with 128 each, or with twice as many where that would not do.
-template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
-constexpr int kResidentThreads =
-    kOutputs == 128 && (__is_same(F, float) ? kPixelsInner : kTaps * kStride >= 7) ? 256 : 512;
+template <class F, int kOutputs, int kTaps>
+constexpr int kResidentThreads = kOutputs == 128 && (__is_same(F, float) || kTaps >= 7) ? 256 : 512;
 
 template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
-__global__ void __launch_bounds__(kMostThreads, kResidentThreads<F, kOutputs, kTaps, kStride, kPixelsInner> /
-                                                    kMostThreads) fused_forward(const FusedParameters p) {
+__global__ void __launch_bounds__(kMostThreads, kResidentThreads<F, kOutputs, kTaps> / kMostThreads)
+    fused_forward(const FusedParameters p) {
   FusedBlock<F, kOutputs, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
 }
 

@@ -51,7 +51,7 @@ struct Fused {
   }
   template <class F, int kOutputs>
   static Choice choice(const SeparableProblem& p, const Machine& machine) {
-    constexpr int kThreads = kResidentThreads<F, kOutputs, kTaps, kStride, kPixelsInner>;
+    constexpr int kThreads = kResidentThreads<F, kOutputs, kTaps>;
     return {plan_fused(p, kOutputs, kThreads, kPixelsInner, kDataflow, machine), launch_plan<F, kOutputs>};
   }
   template <class F>
