@@ -1,6 +1,7 @@
 #include "choose.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace dsconv {
 
@@ -37,6 +38,8 @@ extern const Kernel<DepthwiseProblem> nchw_k3s1, nchw_k3s2, nchw_k5s1, nchw_k5s2
     nchw_kanys2;
 extern const Kernel<SeparableProblem> fused_nhwc_k3s1, fused_nhwc_k3s2, fused_nhwc_k5s1, fused_nhwc_k5s2,
     fused_nhwc_k7s1, fused_nhwc_kany, fused_nchw_k3s1, fused_nchw_k3s2, fused_nchw_kany;
+extern const Kernel<SeparableProblem> resident_nhwc_k3s1, resident_nhwc_k3s2, resident_nhwc_k5s1, resident_nhwc_k5s2,
+    resident_nhwc_k7s1, resident_nhwc_kany, resident_nchw_k3s1, resident_nchw_k3s2, resident_nchw_kany;
 }  // namespace cuda
 
 const std::vector<Row>& kernel_table() {
@@ -157,9 +160,20 @@ const char* why_not_packed(const Row& row, const Problem& problem, const Machine
   return reads_them ? nullptr : "the weights are packed, and not for it";
 }
 
-// A GPU has no pointwise rows to compare with. Blocks hold up to 128 outputs and compute the depthwise values anew for
-// every 128: twice hides behind the memory, by the roofline of an A100, and more does not.
-bool recomputes_too_much(const SeparableProblem& p) { return p.pointwise.out_channels > 2 * 128; }
+// PyTorch's matrix product, the second stage of the unfused way on a GPU, which has no pointwise rows: at this part of
+// the tensor cores' rate or as fast as the memory, whichever takes longer. Its tiles, and the parts it cuts their sums
+// into, may leave multiprocessors idle. And what each launch costs.
+constexpr double kMatmulEfficiency = 0.7, kLaunchUs = 2;
+constexpr int64_t kMatmulTile = 64, kMatmulParts = 4;
+
+double matmul_us(const PointwiseProblem& p, const Machine& machine) {
+  const Cost cost = cost_of(p);
+  const int64_t blocks = ceil_div(p.batch * product(p.size), kMatmulTile) * ceil_div(p.out_channels, kMatmulTile);
+  const double busy = std::min(1.0, double(kMatmulParts * blocks) / std::max(1, machine.multiprocessors));
+  const double rate = machine.peak_gflops * product_rate(p, machine) * kMatmulEfficiency * busy;
+  const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
+  return std::max(cost.flops / rate, cost.bytes / bandwidth) * 1e-3;
+}
 
 bool is_preferred(const Row& row, const Preferred& preferred) {
   return std::find(preferred.begin(), preferred.end(), row.name) != preferred.end();
@@ -174,6 +188,8 @@ double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& mac
   return time_us(cost_of(p), row, p.dtype, machine);
 }
 double estimate_us(const Row& row, const SeparableProblem& p, const Machine& machine) {
+  const auto own = kernel_of<SeparableProblem>(row).estimate_us;
+  if (own) return own(p, machine, row.efficiency);
   // The map stays in the cache.
   const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
   const double map =
@@ -194,6 +210,10 @@ const Row* choose(Pass pass, const Problem& problem, const Machine& machine, con
     if (!reason) reason = why_not_packed(row, problem, machine);
     if (!reason) reason = kernel_of<Problem>(row).can_run(problem);
     double us = reason ? 0 : estimate_us(row, problem, machine);
+    if (std::isinf(us)) {
+      reason = "the GPU has no room for a block";
+      us = 0;
+    }
     if (candidates) candidates->push_back({row.name, us, reason});
     if (reason) continue;
     if (!preferred.empty() && is_preferred(row, preferred)) us = -1;
@@ -217,20 +237,22 @@ SeparableChoice choose_separable(const SeparableProblem& p, Fuse fuse, const Mac
     choice.depthwise = choose(Pass::depthwise_fwd, p.depthwise, machine, preferred);
     choice.pointwise = choose(Pass::pointwise_fwd, p.pointwise, machine, preferred);
   }
-  const bool separate = choice.depthwise && choice.pointwise;
-  const double separate_us = separate ? estimate_us(*choice.depthwise, p.depthwise, machine) +
-                                            estimate_us(*choice.pointwise, p.pointwise, machine)
-                                      : 0;
+  const bool on_gpu = machine.target == Target::cuda, separate = choice.depthwise && (choice.pointwise || on_gpu);
+  double separate_us = 0;
+  if (separate) {
+    const double second =
+        on_gpu ? matmul_us(p.pointwise, machine) + kLaunchUs : estimate_us(*choice.pointwise, p.pointwise, machine);
+    separate_us = estimate_us(*choice.depthwise, p.depthwise, machine) + second;
+  }
   if (candidates) {
     const std::string name =
-        separate ? std::string(choice.depthwise->name) + " + " + choice.pointwise->name : "unfused";
+        separate ? std::string(choice.depthwise->name) + " + " + (on_gpu ? "matmul" : choice.pointwise->name)
+                 : "unfused";
     candidates->push_back({name, separate_us, separate ? nullptr : "no row for one of the two passes"});
   }
-  if (machine.target == Target::cuda && choice.fused && fuse == Fuse::automatic && recomputes_too_much(p) &&
-      !is_preferred(*choice.fused, preferred))
-    choice.fused = nullptr;
   if (!choice.fused || !separate || fuse == Fuse::always) return choice;
-  const bool forced = is_preferred(*choice.depthwise, preferred) || is_preferred(*choice.pointwise, preferred);
+  const bool forced =
+      is_preferred(*choice.depthwise, preferred) || (choice.pointwise && is_preferred(*choice.pointwise, preferred));
   const bool keep =
       is_preferred(*choice.fused, preferred) || (!forced && estimate_us(*choice.fused, p, machine) <= separate_us);
   if (fuse == Fuse::never || !keep) choice.fused = nullptr;

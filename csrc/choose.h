@@ -26,14 +26,27 @@ enum class Target : uint8_t { portable, avx2, avx512, amx, cuda };
 
 // The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
 struct Machine {
-  Target target;            // the best instruction set allowed, or cuda
-  int sm;                   // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
-  double peak_gflops;       // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
-  double cache_gbs;         // one core's L2, or the device's L2
-  double memory_gbs;        // beyond the caches
-  int64_t cache_bytes;      // what stays in the cache between two passes
-  int multiprocessors = 0;  // of a GPU
+  Target target;             // the best instruction set allowed, or cuda
+  int sm;                    // compute capability times ten; 0 on a CPU, and on a GPU the library holds no code for
+  double peak_gflops;        // fp32 multiply-adds of one core (CPU, best instruction set) or of the device
+  double cache_gbs;          // one core's L2, or the device's L2
+  double memory_gbs;         // beyond the caches
+  int64_t cache_bytes;       // what stays in the cache between two passes
+  int multiprocessors = 0;   // of a GPU
+  int64_t shared_bytes = 0;  // of a multiprocessor
 };
+
+// Multiply-adds that a GPU does in a matrix product while its CUDA cores do one: of half types, and of float32 that may
+// be rounded to tf32, on tensor cores as mma.sync drives them.
+inline double product_rate(const PointwiseProblem& p, const Machine& machine) {
+  const double half = machine.sm == 80 ? 16 : machine.sm == 75 || machine.sm == 90 || machine.sm == 100 ? 8 : 4;
+  switch (p.dtype) {
+    case DType::f16: return half;
+    case DType::bf16: return machine.sm >= 80 ? half : 1;
+    case DType::f32: return p.allow_tf32 && machine.sm >= 80 ? half / 2 : 1;
+    default: return 1;
+  }
+}
 
 struct Row {
   Pass pass;

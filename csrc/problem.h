@@ -106,6 +106,7 @@ struct PointwiseProblem {
   View grad_weight;
   View grad_bias;
   const void* packed;  // as in DepthwiseProblem
+  bool allow_tf32;     // GPUs only: factors of float32 may be rounded to tf32
 };
 
 // Depthwise, mid activation, pointwise in one pass: depthwise.y is never written, pointwise.a is never read.
@@ -114,12 +115,15 @@ struct SeparableProblem {
   PointwiseProblem pointwise;
 };
 
+struct Machine;  // choose.h
+
 // What a kernel may use of the machine: on a CPU a blocking loop over [0, count) run by up to `threads` threads, on a GPU
 // the multiprocessors and a stream.
 struct Runtime {
   int threads;  // or multiprocessors
   void (*parallel)(int64_t count, void (*body)(void* context, int64_t index), void* context);
-  void* stream;  // CUDA rows only
+  void* stream;                      // CUDA rows only
+  const Machine* machine = nullptr;  // CUDA rows only
 };
 
 // The implementation of one row of kernels.inc.
@@ -131,6 +135,8 @@ struct Kernel {
   int64_t (*threads)(const Problem&) = nullptr;  // CUDA rows: how many work at once, if the GPU has room
   int (*least_sm)(const Problem&) = nullptr;     // CUDA rows: the least Machine::sm with the instructions it needs
   bool reads_packed = false;                     // can do with packed weights alone
+  // CUDA rows that know their cost better than choose.cpp does; infinite where the GPU has no room for a block.
+  double (*estimate_us)(const Problem&, const Machine&, double efficiency) = nullptr;
 };
 
 // Weights in the order in which a target's kernels read them (Problem::packed).

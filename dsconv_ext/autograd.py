@@ -82,10 +82,11 @@ def separable(
     activation: str,
     activation_param: float,
     fuse: str,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Compute ``dsconv::separable``, differentiable in its first six arguments in every mode, to any order."""
     tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
-    settings = (stride, padding, dilation, mid_activation, mid_param, activation, activation_param, fuse)
+    settings = (stride, padding, dilation, mid_activation, mid_param, activation, activation_param, fuse, allow_tf32)
     if _is_compiling():
         return _ops.separable.default(*tensors, *settings)
     if _functorch_level() is not None or forward_ad._current_level >= 0:
@@ -254,7 +255,7 @@ class _Separable:
         residual_t: Any,
     ) -> Tensor | None:
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, output = saved
-        *geometry, mid_activation, mid_parameter, activation, parameter, _ = settings
+        *geometry, mid_activation, mid_parameter, activation, parameter = settings[:7]
         middle_pre = depthwise(x, depthwise_weight, depthwise_bias, *geometry)
         middle = activations.forward(middle_pre, mid_activation, mid_parameter)
         middle_t = _depthwise_tangent(x, depthwise_weight, x_t, depthwise_weight_t, depthwise_bias_t, geometry)

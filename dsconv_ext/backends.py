@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _loader, activations
+from . import _loader, activations, matmul
 from ._version import __version__
 from .checks import check_backward, check_depthwise, check_fuse, check_separable
 from .geometry import like_output, output_size
@@ -304,6 +304,7 @@ def _separable(
     activation: str,
     activation_param: float,
     fuse: str,
+    allow_tf32: bool = False,  # PyTorch and Triton read the setting themselves
 ) -> Tensor:
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     check_separable("dsconv::separable", x.dim() - 2, x, *weights, residual, stride, padding, dilation)
@@ -421,7 +422,12 @@ def register(library: torch.library.Library) -> None:
         "separable": _separable,
         "separable_backward": _separable_backward,
     }
-    fallbacks = {"depthwise_torch": _depthwise, "separable_torch": _separable, "pack": _pack}
+    fallbacks = {
+        "depthwise_torch": _depthwise,
+        "separable_torch": _separable,
+        "pointwise_torch": matmul.pointwise,
+        "pack": _pack,
+    }
     for name, kernel in {**computing, **fallbacks}.items():
         library.impl(name, kernel, "CompositeExplicitAutograd")
     if _loader.forced in ("cuda", "cpu"):

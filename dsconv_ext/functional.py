@@ -258,6 +258,8 @@ def separable_conv2d(
     -----
     In half precision the depthwise value is rounded to the dtype of `x` once, after the mid activation. The backward
     pass computes the depthwise map anew: what is saved are the inputs, and the output where an activation needs it.
+    On CUDA, PyTorch's precision of float32 matrix products (``torch.backends.cuda.matmul.fp32_precision``,
+    ``torch.set_float32_matmul_precision``) holds for the 1x1 convolution: only "tf32" lets its factors be rounded.
 
     References
     ----------
@@ -394,6 +396,13 @@ def _autocast(*tensors: Any) -> list[Any]:
     return cast_inputs(device_type, tensors) if torch.is_autocast_enabled(device_type) else list(tensors)
 
 
+@torch.compiler.assume_constant_result
+def _allows_tf32() -> bool:
+    """Whether matrix products of float32 on CUDA may be rounded: the setting that torch.matmul, the second stage of the
+    unfused way, obeys. Compiled code is compiled anew when it changes: Dynamo guards it."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
 def _check_channels(function: str, nd: int, x: Tensor, channels: int | None) -> None:
     """Refuse what the weight alone would take: its filters are a multiple of fewer channels, too."""
     if channels is not None and x.dim() > nd and x.size(-nd - 1) != channels:
@@ -465,6 +474,8 @@ def _separable(
         if unbatched:
             x, *weights, residual = tensors
             tensors = (x.unsqueeze(0), *weights, None if residual is None else residual.unsqueeze(0))
+        if tensors[0].is_cuda and tensors[0].dtype is torch.float32 and _allows_tf32():
+            settings = (*settings, True)
         y = _separable_op(*tensors, *settings)
         return y.squeeze(0) if unbatched else y
     except Exception as error:

@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from . import activations
-from .geometry import convolution_output, empty_output, is_channels_last, like_output
+from .geometry import convolution_output, empty_output, is_channels_last
+from .matmul import pointwise
 from .triton_kernels import INTERPRETED, depthwise_kernel, separable_kernel, weight_gradient_kernel
 
 INT32_LIMIT = 2**31
@@ -400,38 +400,6 @@ def gradients(
     return results
 
 
-def pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_param: float,
-) -> Tensor:
-    """Compute activation(1x1 convolution + bias + residual) by torch.matmul, rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32) if bias is not None or residual is not None else x.dtype
-    matrix = weight.flatten(1)
-    if is_channels_last(x):
-        y = _matmul(x.movedim(1, -1).flatten(0, -2), matrix.t(), wide)
-        y = y.unflatten(0, (x.size(0), *x.shape[2:])).movedim(-1, 1)
-    else:
-        y = _matmul(matrix.expand(x.size(0), -1, -1), x.flatten(2), wide).unflatten(2, x.shape[2:])
-    if bias is not None:
-        y += bias.view(-1, *[1] * (x.dim() - 2))
-    if residual is not None:
-        y += residual
-    return activations.forward(y, activation, activation_param).to(x.dtype)
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply matrices, or batches of them, and keep the sums in `dtype`."""
-    if a.dtype is dtype:
-        return a @ b
-    if a.device.type == "cuda" and not torch.version.hip:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
 def unfused(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -444,5 +412,4 @@ def unfused(
     """Compute what `fused` does by the depthwise kernel and torch.matmul."""
     *of_depthwise, activation, activation_param = settings
     middle = depthwise(x, depthwise_weight, depthwise_bias, *of_depthwise)
-    y = pointwise(middle, pointwise_weight, pointwise_bias, residual, activation, activation_param)
-    return like_output(y, x)
+    return pointwise(middle, pointwise_weight, pointwise_bias, residual, activation, activation_param)

@@ -205,3 +205,14 @@ def test_operators_have_one_set_of_schemas(python):
     assert with_library == without
     assert with_library.count("\n") == 10
     assert str(operators.ops.depthwise.default._schema) in with_library
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_the_second_stage_of_two_passes(memory_format, outputs):
+    """What runs on a GPU behind the library's depthwise kernels, in the layout of the map."""
+    x = torch.randn(2, 8, 3, 4).to(memory_format=memory_format)
+    weight, bias, residual = torch.randn(outputs, 8, 1, 1), torch.randn(outputs), torch.randn(2, outputs, 3, 4)
+    y = torch.ops.dsconv.pointwise_torch(x, weight, bias, residual, "relu", 0.0)
+    torch.testing.assert_close(y, torch.relu(torch.nn.functional.conv2d(x, weight, bias) + residual))
+    assert y.stride() == torch.empty_like(y, memory_format=memory_format).stride() or outputs == 1

@@ -66,12 +66,13 @@ def run(machine: ptx.Machine, name: str, launch: Launch) -> None:
 
 
 def check(row: str, source: str, lines: list[str], folder: Path, architecture: str = "80") -> None:
-    """float64, and activations that are called as functions, are not for the reader."""
+    """A problem of each dtype; float64, and activations that are called as functions, are not for the reader."""
     machine = ptx.Machine(native.ptx_of(_build.CSRC / "cuda" / source, architecture))
     names = symbols()
-    chosen = [one for one in lines if "data=integers" in one and "dtype=float64" not in one][:3]
-    assert len(chosen) == 3
-    for problem in chosen:
+    integers = [one for one in lines if "data=integers" in one and "dtype=float64" not in one]
+    chosen = {re.search(r"dtype=\S+( tf32=1)?", one)[0]: one for one in reversed(integers)}
+    assert len(chosen) == (2 if architecture == "75" else 3 + any("tf32" in one for one in lines))
+    for problem in chosen.values():
         launches = recorded(row, problem, folder / "launches")
         assert launches
         for launch in launches:
@@ -95,9 +96,9 @@ def test_every_row(row, tmp_path):
 @pytest.mark.parametrize("architecture", ["75", "80"])
 @pytest.mark.parametrize("row", test_simt_fused.ROWS)
 def test_every_fused_row(row, architecture, tmp_path):
-    """On sm_75 with other tensor-core instructions, plain copies, and no bfloat16."""
-    source = re.sub(r"separable_fwd_(fused_n\w+_k(?:\d|any))(?:s\d)?_cuda", r"\1.cu", row)
-    lines = [p for p in test_simt_fused.problems(row, 60) if architecture != "75" or "bfloat16" not in p]
+    """On sm_75 with other tensor-core instructions, plain copies, and neither bfloat16 nor tf32."""
+    source = re.sub(r"separable_fwd_(?:fused|resident)_(n\w+_k(?:\d|any))(?:s\d)?_cuda", r"fused_\1.cu", row)
+    lines = [p for p in test_simt_fused.problems(row, 60) if architecture != "75" or not re.search("bfloat16|tf32", p)]
     check(row, source, lines, tmp_path, architecture)
 
 

@@ -34,11 +34,11 @@ def test_nothing_spills():
 
 
 def test_blocks_fit_a_multiprocessor():
-    """256 threads of any kernel, 512 of those that go through shared memory but for a few of the largest tile."""
+    """256 threads of any kernel, 512 of those that go through shared memory but for a few with tiles of 128 outputs."""
     _, table = ptxas.read_table()
     assert max(k.registers for k in table) <= 255
     through_shared = [k for k in table if "nchw" in k.kernel or "fused" in k.kernel]
-    assert all(k.registers <= 128 or "<128, 128, 8>" in k.kernel for k in through_shared)
+    assert all(k.registers <= 128 or re.search("fused_forward<.*, 128, ", k.kernel) for k in through_shared)
     assert sum(k.registers > 128 for k in through_shared) <= len(through_shared) / 8
 
 
@@ -66,14 +66,32 @@ def instructions_of(cubin: Path) -> dict[str, tuple[list[str], dict[str, int]]]:
     return kernels
 
 
-def hot_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
-    """The loop with the most multiply-adds, and of several such the shortest."""
+def loops_of(instructions: list[str], labels: dict[str, int]) -> list[range]:
+    """From a label to a branch back to it."""
     loops = []
     for i, instruction in enumerate(instructions):
         target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], i + 1) <= i:
-            loops.append(instructions[labels[target[1]] : i + 1])
+            loops.append(range(labels[target[1]], i + 1))
+    return loops
+
+
+def hot_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
+    """The loop with the most multiply-adds, and of several such the shortest."""
+    loops = [instructions[loop.start : loop.stop] for loop in loops_of(instructions, labels)]
     return max(loops, key=lambda loop: (multiply_adds(loop), -len(loop)))
+
+
+def innermost(instructions: list[str], labels: dict[str, int], operation: str) -> list[str]:
+    """Of the loops without a loop inside, the one with the most of an operation, and of several such the shortest."""
+    loops = loops_of(instructions, labels)
+    inner = [one for one in loops if not any(one != other and set(other) < set(one) for other in loops)]
+    texts = [instructions[loop.start : loop.stop] for loop in inner]
+    return max(texts, key=lambda loop: (count_of(loop, operation), -len(loop)))
+
+
+def count_of(loop: list[str], operation: str) -> int:
+    return sum(operation in instruction for instruction in loop)
 
 
 def straight_line(instructions: list[str], labels: dict[str, int]) -> list[str]:
@@ -85,7 +103,7 @@ def straight_line(instructions: list[str], labels: dict[str, int]) -> list[str]:
 
 
 def multiply_adds(loop: list[str]) -> int:
-    return sum("FFMA" in instruction for instruction in loop)
+    return count_of(loop, "FFMA")
 
 
 def compiled(source: str, folder: Path) -> dict[str, tuple[list[str], dict[str, int]]]:
@@ -131,10 +149,24 @@ def test_contiguous_rows_multiply(taps, share, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [p.stem for p in ptxas.kernels() if p.stem.startswith("fused_")])
 def test_fused_kernels_use_tensor_cores(source, tmp_path):
-    """Products of half types on tensor cores, operands by ldmatrix, inputs by asynchronous copies."""
-    kernels = {name: code for name, (code, _) in compiled(source, tmp_path).items() if "fused_forward" in name}
-    assert len(kernels) >= 6
+    """Products on tensor cores but for strict float32, operands by ldmatrix, inputs by asynchronous copies of 16 bytes.
+    The hot loops: at least two HMMA for each ldmatrix, and of a row of taps three tenths multiply-adds; of a strict
+    product seven tenths."""
+    kernels = {name: code for name, code in compiled(source, tmp_path).items() if "fused_forward" in name}
+    assert len(kernels) >= 4
     for name, code in kernels.items():
-        text = "\n".join(code)
-        assert "LDGSTS" in text
-        assert ("HMMA.16816" in text) == ("LDSM" in text) == ("fused_forwardIf" not in name), name
+        strict, tf32 = "fused_forwardIf" in name, "4Tf32" in name
+        text = "\n".join(code[0])
+        assert re.search(r"LDGSTS\S*\.128", text), name
+        assert ("HMMA.1688.F32.TF32" in text) == tf32 and ("HMMA.16816" in text) == (not strict and not tf32), name
+        assert ("LDSM" in text) == (not strict), name
+        if strict:
+            product = innermost(*code, "FFMA")
+            assert multiply_adds(product) >= 0.7 * len(product), name
+        else:
+            product = innermost(*code, "HMMA")
+            assert count_of(product, "HMMA") >= 2 * count_of(product, "LDSM") > 0, name
+            assert count_of(product, "HMMA") >= (0.15 if tf32 else 0.25) * len(product), name
+            if "kany" not in source:
+                taps = innermost(*code, "FFMA")
+                assert multiply_adds(taps) >= 0.3 * len(taps) and not re.search("STL|LDL", "\n".join(taps)), name

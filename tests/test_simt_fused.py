@@ -26,13 +26,21 @@ ROWS = table()
 # Around 16-byte units, chunks of channels, tiles of outputs; and those of real layers.
 CHANNELS = (1, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 64, 96, 100)
 OUTPUTS = (1, 5, 8, 16, 24, 40, 63, 64, 65, 96, 100, 129)
+TILES = (65, 72, 100, 128, 129, 200, 320, 728)  # of outputs: more than one
 LARGE = (320, 728)
+# float32 tensors whose product is rounded for tensor cores.
+TF32 = "float32 tf32=1"
 
 
 def parts_of(row: str) -> tuple[bool, int | None, int | None]:
     """channels_last, taps along a row and stride of a row; None where it takes any."""
     layout, taps, stride = re.search(r"_(nhwc|nchw)_k(\d+|any)(?:s(\d))?_cuda", row).groups()
     return layout == "nhwc", None if taps == "any" else int(taps), int(stride) if stride else None
+
+
+def is_resident(row: str) -> bool:
+    """Whether a block keeps the depthwise values of all channels, for several tiles of outputs."""
+    return "_resident_" in row
 
 
 def separable(channels_last: bool, window: list[tuple[int, ...]], **fields) -> str:
@@ -45,8 +53,8 @@ def problems(row: str, count: int) -> list[str]:
     rng = random.Random(zlib.crc32(row.encode()))
     deck = functools.partial(Deck, rng)
     channels_last, taps, stride = parts_of(row)
-    dtypes, data = deck(("float32", *HALVES)), deck(("integers", "reals", "nonfinite"))
-    channels, outputs = deck(CHANNELS), deck(OUTPUTS)
+    dtypes, data = deck(("float32", TF32, *HALVES)), deck(("integers", "reals", "nonfinite"))
+    channels, outputs = deck(CHANNELS), deck(TILES if is_resident(row) else OUTPUTS)
     sizes = deck((1, 3, 7, 8, 9, 15, 16, 17, 23, 33))
     widths, heights = deck((taps,) if taps else (1, 2, 3, 4, 7)), deck((1, taps) if taps else (1, 3, 5))
     strides, dilations = deck((stride,) if stride else (1, 2, 3)), deck((1,) if taps else (1, 1, 2, 3))
@@ -61,8 +69,7 @@ def problems(row: str, count: int) -> list[str]:
             reach = dilation * (tap - 1)
             low, high = rng.choice(((reach // 2, reach - reach // 2), (reach, 0), (0, reach), (reach + 2, 1)))
             window.append((size, tap, step, dilation, low, high))
-        if not taps and any(7 * dim[2] + dim[3] * (dim[1] - 1) > 22 for dim in window):
-            continue  # does not fit shared memory
+        dtype = dtypes.deal()
         kind = data.deal()
         acts = exact.get(kind, smooth)
         # A tenth of the problems has as many channels as a deep layer, few pixels and few outputs.
@@ -73,11 +80,11 @@ def problems(row: str, count: int) -> list[str]:
             separable(
                 channels_last,
                 window,
-                dtype=dtypes.deal(),
+                dtype=dtype,
                 data=kind,
                 seed=rng.randint(1, 999),
                 n=rng.choice((1, 1, 2)),
-                c=rng.choice(LARGE) if deep else channels.deal(),
+                c=rng.choice(LARGE if dtype in HALVES else LARGE[:1]) if deep else channels.deal(),
                 k=outputs.deal(),
                 m=1 if deep else rng.choice((1, 1, 2, 3)),
                 mid=rng.choice(acts),
@@ -130,6 +137,33 @@ def test_more_choices():
     assert check_choices(6000, 2) == set(ROWS)
 
 
+def layer(batch: int, channels: int, outputs: int, size: int, taps: int, dtype: str) -> str:
+    window = [(size, taps, 1, 1, taps // 2, taps // 2)] * 2
+    return separable(True, window, dtype=dtype, n=batch, c=channels, k=outputs, has_residual=0)
+
+
+def chosen(*of_layer) -> dict[str, tuple[str, int]]:
+    """Of each GPU: the dataflow, or - for two passes, and the blocks."""
+    found = choices("--choose", lines=[layer(*of_layer)])
+    return {gpu: (row.split("_")[2] if "_" in row else row, int(blocks)) for gpu, row, blocks, _ in found}
+
+
+def test_the_dataflow_follows_the_layer():
+    """Few outputs: accumulators, whose depthwise values nobody computes twice. Many, of wide filters: all depthwise
+    values stay in shared memory. A product that dwarfs the rest: two passes."""
+    assert {flow for flow, _ in chosen(32, 32, 64, 112, 3, "float16").values()} == {"fused"}
+    assert {flow for flow, _ in chosen(32, 96, 384, 56, 7, "float16").values()} == {"resident"}
+    assert {flow for flow, _ in chosen(32, 1024, 1024, 7, 3, "float16").values()} == {"-"}
+
+
+def test_small_maps_are_split():
+    """One image reaches more multiprocessors by smaller tiles of pixels, and by blocks for parts of the outputs, which
+    compute the depthwise values anew."""
+    row, of_layer = "separable_fwd_fused_nhwc_k3s1_cuda", layer(1, 64, 256, 14, 3, "float16")
+    alone, many = (answers_of(PLAIN, [f"{row} {of_layer}"], "--gpu", gpu)[0]["blocks"] for gpu in ("1", "132"))
+    assert alone == 2 * 2 and many >= 7 * 4
+
+
 def count(row: str, size: tuple[int, int], channels: int, outputs: int, dtype: str) -> dict[str, int]:
     """What the row moves for a layer that fills any GPU: it is cut as on one multiprocessor."""
     channels_last, taps, stride = parts_of(row)
@@ -145,34 +179,42 @@ def tiles_and_reads(size: int, tile: int, taps: int) -> tuple[int, int]:
     return len(low), sum(b - a for a, b in zip(low, high, strict=True))
 
 
-# Tiles of rows x columns of pixels; the inputs that they read over those of the map.
+# Tiles of rows x columns of pixels x outputs; the inputs that they read over those of the map; outputs of a block.
 TRAFFIC = [
+    *((dtype, "fused_nhwc_k3s1", (56, 56), (16, 8, 128), 128, 1.4, 128) for dtype in ("float16", TF32)),
+    # Tiles with fewer pixels outside the map are worth a larger halo.
+    ("float32", "fused_nhwc_k3s1", (56, 56), (8, 8, 128), 128, 1.5, 128),
+    *((dtype, "fused_nhwc_k3s1", (28, 28), (4, 32, 64), 64, 1.45, 64) for dtype in ("float16", TF32)),
     *(
         (dtype, *case)
-        for dtype in ("float16", "float32")
+        for dtype in ("float16", TF32, "float32")
         for case in (
-            ("nhwc_k3s1", (28, 28), (4, 16), 64, 1.55),
-            ("nhwc_k3s1", (56, 56), (16, 8), 128, 1.4),
-            ("nhwc_k3s1", (16, 32), (16, 8), 256, 1.4),
-            ("nhwc_k3s1", (1, 300), (1, 64), 64, 1.1),
-            ("nhwc_k5s1", (16, 16), (8, 8), 64, 1.6),
+            ("fused_nhwc_k3s1", (16, 32), (16, 8, 128), 256, 1.4, 128),
+            ("fused_nhwc_k3s1", (32, 32), (16, 8, 64), 64, 1.4, 64),
+            ("fused_nhwc_k5s1", (16, 16), (16, 8, 64), 64, 1.4, 64),
         )
     ),
-    ("float16", "nchw_k3s1", (16, 32), (4, 32), 128, 1.4),
-    ("float32", "nchw_k3s1", (16, 32), (8, 16), 128, 1.4),
+    *((dtype, "fused_nhwc_k3s1", (1, 300), (1, 128, 64), 64, 1.1, 64) for dtype in ("float16", TF32)),
+    ("float32", "fused_nhwc_k3s1", (1, 300), (1, 64, 64), 64, 1.1, 64),
+    *((dtype, "resident_nhwc_k3s1", (16, 32), (16, 8, 128), 256, 1.4, 256) for dtype in ("float16", TF32)),
+    ("float32", "resident_nhwc_k3s1", (32, 32), (16, 8, 64), 256, 1.4, 256),
+    *((dtype, "fused_nchw_k3s1", (16, 32), (8, 16, 128), 128, 1.4, 128) for dtype in (TF32, "float32")),
+    ("float16", "fused_nchw_k3s1", (16, 32), (4, 32, 128), 128, 1.4, 128),
+    ("float16", "resident_nchw_k3s1", (16, 32), (4, 32, 128), 256, 1.4, 256),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "name", "size", "tile", "outputs", "halo"), TRAFFIC)
-def test_traffic(dtype, name, size, tile, outputs, halo):
-    """Inputs of the tile and its halo once per block of outputs, weights once per tile, every output once."""
+@pytest.mark.parametrize(("dtype", "name", "size", "tile", "outputs", "halo", "of_block"), TRAFFIC)
+def test_traffic(dtype, name, size, tile, outputs, halo, of_block):
+    """Inputs of the tile and its halo once per block, weights once per tile of pixels, every output once: a block of a
+    resident row has all outputs, and reads inputs once."""
     itemsize = 2 if dtype == "float16" else 4
-    channels = 128 // itemsize  # two chunks
-    row = f"separable_fwd_fused_{name}_cuda"
+    channels = 256 // itemsize  # four chunks
+    row = f"separable_fwd_{name}_cuda"
     counts = count(row, size, channels, outputs, dtype)
-    splits = -(-outputs // (64 if math.prod(tile) == 64 else 128))
+    splits = -(-outputs // of_block)
     taps = [min(parts_of(row)[1], n) for n in size]
-    (down, rows), (across, columns) = map(tiles_and_reads, size, tile, taps)
+    (down, rows), (across, columns) = map(tiles_and_reads, size, tile[:2], taps)
     assert counts["blocks"] == down * across * splits
     assert rows * columns <= halo * math.prod(size)
     inputs = splits * rows * columns * channels * itemsize
@@ -188,11 +230,11 @@ def test_traffic(dtype, name, size, tile, outputs, halo):
 def test_what_a_row_cannot_run_it_refuses_in_words(row):
     channels_last, taps, stride = parts_of(row)
     dim = (9, taps or 3, stride or 1, 1, 1, 1)
-    fields = {"dtype": "float32", "c": 8, "k": 8}
+    fields = {"dtype": "float32", "c": 8, "k": 72}
     refused = {
         "float64": separable(channels_last, [dim, dim], **{**fields, "dtype": "float64"}),
         "three spatial": separable(channels_last, [dim, dim, dim], **fields),
-        "shared memory": separable(channels_last, [(400, dim[1], dim[2], 40, 40, 40), dim], **fields),
+        "shared memory": separable(channels_last, [(4000, dim[1], dim[2], 400, 400, 400), dim], **fields),
     }
     if taps:
         refused |= {
@@ -200,6 +242,8 @@ def test_what_a_row_cannot_run_it_refuses_in_words(row):
             "stride": separable(channels_last, [dim, (9, taps, 3, 1, 1, 1)], **fields),
             "dilated": separable(channels_last, [dim, (99, taps, dim[2], 2, 1, 1)], **fields),
         }
+    if is_resident(row):
+        refused["one tile"] = separable(channels_last, [dim, dim], **{**fields, "k": 32})
     if channels_last:
         refused["channels_last"] = separable(False, [dim, dim], **fields)
     done = drive(PLAIN, lines=[f"{row} {problem}" for problem in refused.values()])

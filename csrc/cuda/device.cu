@@ -35,7 +35,14 @@ Machine describe(int device) {
   const double lanes = sm == 75 || sm == 80 ? 64 : 128;
   const double peak = 2e-6 * lanes * properties.multiProcessorCount * core_khz;
   const double memory = 2e-6 * memory_khz * properties.memoryBusWidth / 8;
-  return {Target::cuda, sm, peak, 3 * memory, memory, properties.l2CacheSize, properties.multiProcessorCount};
+  return {Target::cuda,
+          sm,
+          peak,
+          3 * memory,
+          memory,
+          properties.l2CacheSize,
+          properties.multiProcessorCount,
+          static_cast<int64_t>(properties.sharedMemPerMultiprocessor)};
 }
 
 }  // namespace

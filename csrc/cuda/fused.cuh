@@ -1,10 +1,20 @@
 // Depthwise, mid activation and pointwise forward in one kernel: the depthwise map stays in the multiprocessor.
 //
-// A block computes kPixels pixels (a tile of rows x columns of one image) x kOutputs outputs. It walks through the
-// channels, 64 bytes of them at a time: the inputs of the tile and its halo go to shared memory, CUDA cores make of them
-// the depthwise values, rounded to the tensors' type as memory would round them, and a product with as many columns of
-// the pointwise weights adds to the sums in registers. More outputs than kOutputs are split over blocks, each of which
-// computes the depthwise values anew.
+// A block computes a tile of pixels (rows x columns of one image) x one or several tiles of kOutputs outputs. It walks
+// through the channels, 64 bytes of them at a time: the inputs of the tile and its halo go to shared memory, CUDA cores
+// make of them the depthwise values, rounded to the tensors' type as memory would round them (to tf32 where that is what
+// is multiplied), and a product with as many columns of the pointwise weights adds to the sums in registers.
+//
+// What a warp has, 32 pixels x half of the outputs or 32 outputs x pixels, is the same whatever the tile: how many pixels
+// that has, and how many warps the block, is known at run time only, and all tiles share a kernel.
+//
+// Two dataflows differ in how many chunks of depthwise values shared memory holds. Accumulators: two of them, one that is
+// multiplied while the next is made; a block has one tile of outputs, and blocks of other tiles compute the depthwise
+// values anew. Resident: all of them, and the block goes on to the next tiles of outputs with them.
+//
+// A step is one chunk of one tile. There is one barrier for each: the product of this chunk and the depthwise values of
+// the next depend on what was there before it alone, so half of the warps begin with the one and half with the other, and
+// tensor cores and CUDA cores work at the same time.
 #pragma once
 
 #include <type_traits>
@@ -15,111 +25,143 @@
 
 namespace dsconv::cuda {
 
-// A tensor of [images, channels, rows, columns]. wide: what lies side by side is moved 16 bytes at a time.
+// A tensor of [images, channels, rows, columns].
 struct Map {
   void* data;
   int64_t image;
   int channel, row, column;
-  bool wide;
 };
 
 struct FusedParameters {
   Map x, y, residual;
   const void *depthwise_weight, *depthwise_bias, *weight, *bias;
   int64_t depthwise_channel, depthwise_tap, depthwise_bias_channel, weight_output, weight_channel, bias_output;
-  bool wide_weight;
+  // What lies side by side is moved 16 bytes at a time.
+  bool wide_input, wide_weight, wide_outputs;
   Axis rows, columns;
   int row_stride, column_stride;
   int channels, multiplier, outputs;
-  int tile_shift;               // of the tile's columns; kPixels >> tile_shift rows
-  int row_tiles, column_tiles;  // of an image
-  int splits;                   // of the outputs
+  int tile_shift, height_shift;  // a tile has 1 << tile_shift columns and 1 << height_shift rows
+  int row_tiles, column_tiles;   // of an image
+  int splits;                    // of the outputs over blocks
+  int tiles;                     // of outputs, of a block
+  int resident;                  // of a chunk's number, the bits that say where its depthwise values are: 1, or all
   // The input of a tile: with row_split 2 even rows come before odd ones, so that lanes whose outputs are neighbours
   // downwards read neighbouring rows.
   int box_rows, box_columns, box_pitch, row_split, rows_of_phase;
-  int stages;  // boxes under way
+  int stages;  // 2 or 3 boxes and chunks of weights, those under way included
   ActivationSpec mid, activation;
 };
 
-// What a block computes, and its warps.
-template <int pixels, int outputs, int warps>
-struct FusedTile {
-  static constexpr int kPixels = pixels, kOutputs = outputs, kWarps = warps, kThreads = 32 * warps;
-  static constexpr int kResident = 512 / kThreads;  // 128 registers for each thread
-  // Depthwise values of a chunk, weights of this one and the next.
-  static constexpr int kOperandBytes = (pixels + 2 * outputs) * kRowBytes;
-  static constexpr int kSumBytes = warps * 32 * kSumPitch * int{sizeof(float)};
-};
+// A block has two threads for each pixel.
+constexpr int kMostPixelsShift = 7, kMostThreads = 2 << kMostPixelsShift;
 
 // Taps and bias of a chunk of channels: floats, [tap][channel], the bias behind the taps.
 constexpr int kTapPitch = 36;
 
 // kTaps and kStride of 0 are counted at run time. kPixelsInner: neighbouring pixels lie side by side (contiguous), else
 // neighbouring channels (channels_last).
-template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
+template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
 class FusedBlock {
+  using S = Storage<F>;
   static constexpr int kVector = kWide<S>, kSlab = kChunk<S>;
-  static constexpr int kQuads = kSlab / 4;                                // threads across the channels of a chunk
-  static constexpr int kGroup = Tile::kPixels * kQuads / Tile::kThreads;  // pixels of a thread, side by side
-  using Sums = std::conditional_t<kPixelsInner, Product<S, Tile::kOutputs, Tile::kPixels, Tile::kWarps>,
-                                  Product<S, Tile::kPixels, Tile::kOutputs, Tile::kWarps>>;
+  static constexpr int kQuads = kSlab / 4;   // threads across the channels of a chunk
+  static constexpr int kGroup = kQuads / 2;  // pixels of a thread, side by side
+  static constexpr int kWeightBytes = kOutputs * kRowBytes;
+  using Sums = Product<F, kOutputs / 2, kPixelsInner>;
 
  public:
   __device__ FusedBlock(const FusedParameters& p, unsigned char* shared) : p_(p), shared_(shared) {
     int block = static_cast<int>(blockIdx.x);
-    output_ = block % p.splits * Tile::kOutputs;
+    output_ = block % p.splits * p.tiles * kOutputs;
     block /= p.splits;
     column_ = block % p.column_tiles << p.tile_shift;
     block /= p.column_tiles;
-    row_ = block % p.row_tiles * (Tile::kPixels >> p.tile_shift);
+    row_ = block % p.row_tiles << p.height_shift;
     image_ = block / p.row_tiles;
+    chunks_ = (p.channels + kSlab - 1) / kSlab;
   }
 
   __device__ void compute() {
+    const int tiles = min(p_.tiles, (p_.outputs - output_ + kOutputs - 1) / kOutputs);
+    const int stages = p_.stages, steps = tiles * chunks_;
+    const bool product_first = threadIdx.x / 128 % 2 == 1;
+    Step now{-stages, 0};
+    int slot = 0;  // the step modulo stages
     sums_.start();
-    // The first rounds only load: boxes `stages` chunks ahead, weights and taps one.
+    // Rounds below -1 only load, and that of -1 makes the first depthwise values: weights are under way for stages - 1
+    // rounds, boxes for as many before a round that reads them.
 #pragma unroll 1
-    for (int chunk = -p_.stages; chunk * kSlab < p_.channels; ++chunk) {
-      if (chunk >= 0) {
-        // The copies of this chunk are done, those of the next box may go on.
-        if (p_.stages == 2) {
-          wait_for_copies_but<1>();
-        } else {
+    for (int step = -stages; step < steps; ++step) {
+      if (step >= -1) {
+        if (stages == 2) {
           wait_for_copies_but<0>();
+        } else {
+          wait_for_copies_but<1>();
         }
         __syncthreads();
       }
-      load_weight(chunk + 1);
+      const int before = slot == 0 ? stages - 1 : slot - 1, after = slot == stages - 1 ? 0 : slot + 1;
+      load_weight(now.ahead(stages - 1, chunks_), tiles, before);
+      load_box(step + stages, slot);
       commit_copies();
-      if (chunk >= 0) {
-        depthwise(chunk);
-        __syncthreads();
+      load_taps(step + 2);
+      if (step >= -1) {
+#pragma unroll 1
+        for (int turn = 0; turn < 2; ++turn) {
+          if ((turn == 0) != product_first) {
+            if (step + 1 < chunks_) depthwise(step + 1, after);
+          } else if (step >= 0) {
+            const Operand pixels = map(now.chunk), outputs = weight(slot);
+            sums_.add(share(), kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, halves(now.chunk));
+          }
+        }
+        if (now.chunk == chunks_ - 1) {
+          store(output_ + now.tile * kOutputs);
+          sums_.start();
+        }
       }
-      load_box(chunk + p_.stages);
-      commit_copies();
-      load_taps(chunk + 1);
-      if (chunk < 0) continue;
-      const Operand pixels = map(), outputs = weight(chunk);
-      sums_.add(kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, steps(chunk));
+      now = now.ahead(1, chunks_);
+      slot = after;
     }
-    __syncthreads();
-    store();
   }
 
  private:
-  // Shared memory: the depthwise values of a chunk, the weights of two, one or two boxes, the taps.
-  __device__ int operand_shift() const { return Tile::kPixels >> p_.tile_shift > 1 ? p_.tile_shift : kGroup / 2; }
-  __device__ Operand map() const { return {reinterpret_cast<uint4*>(shared_), operand_shift()}; }
-  __device__ Operand weight(int chunk) const {
-    const int at = (Tile::kPixels + chunk % 2 * Tile::kOutputs) * kRowBytes;
-    return {reinterpret_cast<uint4*>(shared_ + at), operand_shift()};
+  // A chunk of a tile of outputs.
+  struct Step {
+    int chunk, tile;
+
+    __device__ Step ahead(int steps, int chunks) const {
+      Step step{chunk + steps, tile};
+      for (; step.chunk >= chunks; step.chunk -= chunks) ++step.tile;
+      return step;
+    }
+  };
+
+  // A warp's part of the product.
+  __device__ static WarpTile share() {
+    constexpr int kDown = kOutputs / 32;
+    const int warp = threadIdx.x / 32;
+    return kPixelsInner ? WarpTile{warp % kDown * 32, warp / kDown * Sums::kColumns}
+                        : WarpTile{warp / 2 * 32, warp % 2 * Sums::kColumns};
   }
-  __device__ int box_bytes() const { return p_.box_rows * p_.box_pitch * kRowBytes; }
-  __device__ unsigned char* box(int chunk) const {
-    return shared_ + Tile::kOperandBytes + (p_.stages == 2 && chunk % 2 == 1 ? box_bytes() : 0);
+
+  // Shared memory: the depthwise values of two chunks or of all, weights, then boxes and the taps of two chunks; these
+  // are no longer read when the first sums take their place.
+  __device__ int map_bytes() const { return kRowBytes << (p_.tile_shift + p_.height_shift); }
+  __device__ int operand_shift() const { return p_.height_shift > 0 ? p_.tile_shift : kGroup / 2; }
+  __device__ Operand map(int chunk) const {
+    return {reinterpret_cast<uint4*>(shared_ + (chunk & p_.resident) * map_bytes()), operand_shift()};
   }
-  __device__ float* taps() const {
-    return reinterpret_cast<float*>(shared_ + Tile::kOperandBytes + p_.stages * box_bytes());
+  __device__ unsigned char* weights() const { return shared_ + (p_.resident < 0 ? chunks_ : 2) * map_bytes(); }
+  __device__ Operand weight(int slot) const {
+    return {reinterpret_cast<uint4*>(weights() + slot * kWeightBytes), operand_shift()};
+  }
+  __device__ unsigned char* box(int slot) const {
+    return weights() + p_.stages * kWeightBytes + slot * p_.box_rows * p_.box_pitch * kRowBytes;
+  }
+  __device__ float* taps(int chunk) const {
+    return reinterpret_cast<float*>(box(p_.stages)) + chunk % 2 * (p_.rows.taps * p_.columns.taps + 1) * kTapPitch;
   }
 
   __device__ int box_row(int row) const {
@@ -139,10 +181,10 @@ class FusedBlock {
   __device__ int top() const { return row_ * row_stride() - p_.rows.pad; }
   __device__ int left() const { return column_ * column_stride() - p_.columns.pad; }
 
-  __device__ bool exists(int chunk) const { return chunk >= 0 && chunk * kSlab < p_.channels; }
+  __device__ bool exists(int chunk) const { return chunk >= 0 && chunk < chunks_; }
   // Channels of a chunk that exist, and how many halves of it the product needs.
   __device__ int remaining(int chunk) const { return p_.channels - chunk * kSlab; }
-  __device__ int steps(int chunk) const { return remaining(chunk) > kSlab / 2 ? 2 : 1; }
+  __device__ int halves(int chunk) const { return remaining(chunk) > kSlab / 2 ? 2 : 1; }
 
   // A unit of values that are not 16 aligned bytes; zeros beyond `count`.
   template <class At>
@@ -162,13 +204,13 @@ class FusedBlock {
 
   // Of positions outside the map, and of channels that do not exist, nothing is written: nobody reads the former, and
   // what becomes of the latter is replaced.
-  __device__ void load_box(int chunk) {
+  __device__ void load_box(int chunk, int slot) {
     const int first = chunk * kSlab;
     if (!exists(chunk)) return;
     const Clipped rows(top(), p_.box_rows, p_.rows.in), columns(left(), p_.box_columns, p_.columns.in);
     if (rows.count == 0 || columns.count == 0) return;
     const int down = rows.begin - top(), across = columns.begin - left();
-    unsigned char* const to = box(chunk);
+    unsigned char* const to = box(slot);
     const S* const x =
         static_cast<const S*>(p_.x.data) + image_ * p_.x.image + rows.begin * p_.x.row + columns.begin * p_.x.column;
     const auto visit = [&](int row, int column, int u) {
@@ -176,7 +218,7 @@ class FusedBlock {
       if (channel >= p_.channels) return;
       auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + down, column + across, 16 * u));
       const S* const from = x + row * p_.x.row + column * p_.x.column;
-      if (p_.x.wide) {
+      if (p_.wide_input) {
         copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
       } else {
         int source = channel / p_.multiplier, of_source = channel % p_.multiplier;
@@ -196,13 +238,13 @@ class FusedBlock {
   }
 
   // Zeros for the channels that do not exist. What outputs that do not exist would be is never stored.
-  __device__ void load_weight(int chunk) {
-    const int first = chunk * kSlab;
-    if (!exists(chunk)) return;
-    const int outputs = min(p_.outputs - output_, Tile::kOutputs), units = kUnits / 2 * steps(chunk);
-    const Operand to = weight(chunk);
-    const S* const from = static_cast<const S*>(p_.weight) + output_ * p_.weight_output;
-    for (int i = threadIdx.x; i < outputs * kUnits; i += Tile::kThreads) {
+  __device__ void load_weight(const Step& step, int tiles, int slot) {
+    if (step.chunk < 0 || step.tile >= tiles) return;
+    const int first = step.chunk * kSlab, start = output_ + step.tile * kOutputs;
+    const int outputs = min(p_.outputs - start, kOutputs), units = kUnits / 2 * halves(step.chunk);
+    const Operand to = weight(slot);
+    const S* const from = static_cast<const S*>(p_.weight) + start * p_.weight_output;
+    for (int i = threadIdx.x; i < outputs * kUnits; i += blockDim.x) {
       const int output = i / kUnits, u = i % kUnits, channel = first + u * kVector;
       if (u >= units) continue;
       const S* const row = from + output * p_.weight_output;
@@ -218,7 +260,7 @@ class FusedBlock {
   __device__ void load_taps(int chunk) {
     const int first = chunk * kSlab, count = min(remaining(chunk), kSlab), rows = p_.rows.taps * p_.columns.taps;
     if (!exists(chunk)) return;
-    float* const to = taps();
+    float* const to = taps(chunk);
     stage_taps(to, kTapPitch, static_cast<const S*>(p_.depthwise_weight) + first * p_.depthwise_channel,
                p_.depthwise_channel, p_.depthwise_tap, rows, count, [](int c) { return c; });
     const int c = threadIdx.x;
@@ -247,29 +289,29 @@ class FusedBlock {
   }
 
   // A thread has four channels of kGroup neighbouring pixels. Lanes go through the channels, then down the tile.
-  __device__ void depthwise(int chunk) {
-    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads, height = Tile::kPixels >> p_.tile_shift;
-    const int row = group % height, column = group / height * kGroup;
+  __device__ void depthwise(int chunk, int slot) {
+    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads;
+    const int row = group & ((1 << p_.height_shift) - 1), column = (group >> p_.height_shift) * kGroup;
     float sum[kGroup][4];
     if constexpr (kTaps == 0) {
-      add_any_taps(chunk, quad, row, column, sum);
+      add_any_taps(chunk, slot, quad, row, column, sum);
     } else {
       const Inside inside(p_.columns, left() + column * kStride);
       // The warp decides together: one that has both kinds would do the work of both.
       if (__all_sync(~0u, inside.holds_all((kGroup - 1) * kStride + kTaps))) {
-        add_taps<true>(chunk, quad, row, column, inside, sum);
+        add_taps<true>(chunk, slot, quad, row, column, inside, sum);
       } else {
-        add_taps<false>(chunk, quad, row, column, inside, sum);
+        add_taps<false>(chunk, slot, quad, row, column, inside, sum);
       }
     }
     activate_values(reinterpret_cast<float (&)[4 * kGroup]>(sum), p_.mid);
-    const Operand to = map();
+    const Operand to = map(chunk);
     const int count = remaining(chunk) - 4 * quad;
 #pragma unroll
     for (int l = 0; l < kGroup; ++l) {
       float (&value)[4] = sum[l];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) value[v] = v < count ? value[v] : 0.0f;
+      for (int v = 0; v < 4; ++v) value[v] = v < count ? factor(value[v]) : 0.0f;
       const int pixel = (row << p_.tile_shift) + column + l;
       uint4* const unit = to.unit(pixel, quad * 4 / kVector);
       if constexpr (sizeof(S) == 4) {
@@ -279,6 +321,11 @@ class FusedBlock {
             make_uint2(narrow_pair<S>(value[0], value[1]), narrow_pair<S>(value[2], value[3]));
       }
     }
+  }
+
+  __device__ static float factor(float value) {
+    if constexpr (__is_same(F, Tf32)) return __builtin_bit_cast(float, to_tf32(value));
+    return value;
   }
 
   __device__ void start(const float* bias, float (&sum)[kGroup][4]) const {
@@ -299,11 +346,12 @@ class FusedBlock {
   }
 
   template <bool kInterior>
-  __device__ void add_taps(int chunk, int quad, int row, int column, const Inside& inside, float (&sum)[kGroup][4]) {
+  __device__ void add_taps(int chunk, int slot, int quad, int row, int column, const Inside& inside,
+                           float (&sum)[kGroup][4]) {
     constexpr int kReads = (kGroup - 1) * kStride + kTaps;
-    const float* tap = taps() + 4 * quad;
+    const float* tap = taps(chunk) + 4 * quad;
     start(tap + p_.rows.taps * kTaps * kTapPitch, sum);
-    const unsigned char* const from = box(chunk);
+    const unsigned char* const from = box(slot);
     const int first = top() + row * kStride, byte = quad * 4 * int{sizeof(S)}, pair = column * kStride / 2;
 #pragma unroll 1
     for (int u = 0; u < p_.rows.taps; ++u, tap += kTaps * kTapPitch) {
@@ -312,27 +360,28 @@ class FusedBlock {
       // box_at() of columns from an even one on.
       const int r = box_row(row * kStride + down), odd = (r ^ (column / kGroup)) & 1;
       const unsigned char* const line = from + (r * p_.box_pitch + column * kStride) * kRowBytes;
-      float in[kReads][4];
+      float4 weight[kTaps];
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) weight[t] = *reinterpret_cast<const float4*>(tap + t * kTapPitch);
+      // Column by column: fewer registers than the whole row would take.
 #pragma unroll
       for (int c = 0; c < kReads; ++c) {
         const int swapped = c / (kGroup * kStride) % 2 ? 1 - odd : odd;
-        load_four(line + (c + (c % 2 ? -swapped : swapped)) * kRowBytes + (byte ^ permuted(pair + c / 2)), in[c]);
-      }
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        const float4 weight = *reinterpret_cast<const float4*>(tap + t * kTapPitch);
+        float in[4];
+        load_four(line + (c + (c % 2 ? -swapped : swapped)) * kRowBytes + (byte ^ permuted(pair + c / 2)), in);
 #pragma unroll
         for (int l = 0; l < kGroup; ++l) {
-          if (kInterior || inside.holds(l * kStride + t)) add(weight, in[l * kStride + t], sum[l]);
+          const int t = c - l * kStride;
+          if (t >= 0 && t < kTaps && (kInterior || inside.holds(c))) add(weight[t], in, sum[l]);
         }
       }
     }
   }
 
-  __device__ void add_any_taps(int chunk, int quad, int row, int column, float (&sum)[kGroup][4]) {
-    const float* tap = taps() + 4 * quad;
+  __device__ void add_any_taps(int chunk, int slot, int quad, int row, int column, float (&sum)[kGroup][4]) {
+    const float* tap = taps(chunk) + 4 * quad;
     start(tap + p_.rows.taps * p_.columns.taps * kTapPitch, sum);
-    const unsigned char* const from = box(chunk);
+    const unsigned char* const from = box(slot);
     const int byte = quad * 4 * int{sizeof(S)};
 #pragma unroll 1
     for (int u = 0; u < p_.rows.taps; ++u) {
@@ -356,96 +405,97 @@ class FusedBlock {
     }
   }
 
-  // Through shared memory, 32 x 32 sums of a warp at a time, so that a lane has eight neighbours.
-  __device__ void store() {
-    using Share = WarpTile<kPixelsInner ? Tile::kOutputs : Tile::kPixels, kPixelsInner ? Tile::kPixels : Tile::kOutputs,
-                           Tile::kWarps>;
-    const Share share;
-    const int lane = threadIdx.x % 32;
-    float* const sums = reinterpret_cast<float*>(shared_) + threadIdx.x / 32 * (32 * kSumPitch);
-#pragma unroll
-    for (int part = 0; part < Share::kColumns / 32; ++part) {
-      sums_.put(part, sums);
-      __syncwarp();
+  // Through shared memory, kSumRows x 32 sums of a warp at a time, so that neighbours are stored together: by a lane, 16
+  // bytes of them, or by as many lanes.
+  __device__ void store(int first_output) {
+    const WarpTile tile = share();
+    float* const sums = reinterpret_cast<float*>(box(0)) + threadIdx.x / 32 * (kSumRows * kSumPitch);
 #pragma unroll 1
-      for (int i = lane; i < 32 * 4; i += 32) {
-        // Odd rows are read the other half first, which lies in other banks.
-        const int row = i / 4, odd = row % 2;
-        const float* const from = sums + row * kSumPitch + i % 4 * 8;
-        const float4 one = *reinterpret_cast<const float4*>(from + 4 * odd),
-                     other = *reinterpret_cast<const float4*>(from + 4 - 4 * odd);
-        const float4 low = odd ? other : one, high = odd ? one : other;
-        float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        finish(share.row + row, share.column + 32 * part + i % 4 * 8, value);
+    for (int block = 0; block < Sums::kColumns / kSumRows; ++block) {
+      const int part = block / 2, half = block % 2, row = tile.row + kSumRows * half, column = tile.column + 32 * part;
+      sums_.put(part, half, sums);
+      __syncwarp();
+      if (p_.wide_outputs) {
+        store_sums<kVector>(first_output, row, column, sums);
+      } else {
+        store_sums<1>(first_output, row, column, sums);
       }
       __syncwarp();
     }
   }
 
-  // Eight sums of neighbouring outputs of one pixel, or of neighbouring pixels of one output.
-  __device__ void finish(int row, int first, float (&value)[8]) const {
-    const int pixel = kPixelsInner ? first : row, output = output_ + (kPixelsInner ? row : first);
+  template <int V>
+  __device__ void store_sums(int first_output, int first_row, int first_column, const float* sums) const {
+    constexpr int kAcross = 32 / V;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < kSumRows * kAcross; i += 32) {
+      const int row = i / kAcross, column = i % kAcross * V;
+      const float* const from = sums + row * kSumPitch + column;
+      float value[V];
+      if constexpr (V == 1) {
+        value[0] = *from;
+      } else {
+        // Of eight, odd rows are read the other half first, which lies in other banks.
+        const int odd = V == 8 ? row % 2 : 0;
+        float4 four[V / 4];
+#pragma unroll
+        for (int f = 0; f < V / 4; ++f) four[f] = *reinterpret_cast<const float4*>(from + 4 * (f ^ odd));
+#pragma unroll
+        for (int f = 0; f < V / 4; ++f) {
+          const float4 some = V == 8 && odd ? four[f ^ 1] : four[f];
+          value[4 * f] = some.x;
+          value[4 * f + 1] = some.y;
+          value[4 * f + 2] = some.z;
+          value[4 * f + 3] = some.w;
+        }
+      }
+      finish(first_output, first_row + row, first_column + column, value);
+    }
+  }
+
+  // Sums of V neighbouring outputs of one pixel, or of neighbouring pixels of one output.
+  template <int V>
+  __device__ void finish(int first_output, int row, int first, float (&value)[V]) const {
+    const int pixel = kPixelsInner ? first : row, output = first_output + (kPixelsInner ? row : first);
     const int y = row_ + (pixel >> p_.tile_shift), x = column_ + (pixel & ((1 << p_.tile_shift) - 1));
     if (y >= p_.rows.out || x >= p_.columns.out || output >= p_.outputs) return;
-    const int count = min(8, kPixelsInner ? p_.columns.out - x : p_.outputs - output);
     if (p_.bias) {
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        if (v < count)
-          value[v] += widen(__ldg(static_cast<const S*>(p_.bias) + (output + (kPixelsInner ? 0 : v)) * p_.bias_output));
-      }
+      for (int v = 0; v < V; ++v)
+        value[v] += widen(__ldg(static_cast<const S*>(p_.bias) + (output + (kPixelsInner ? 0 : v)) * p_.bias_output));
     }
     const auto at = [&](const Map& m) {
       return static_cast<S*>(m.data) + image_ * m.image + output * m.channel + y * m.row + x * m.column;
     };
-    const auto step = [](const Map& m) { return kPixelsInner ? m.column : m.channel; };
     if (p_.residual.data) {
-      const S* const from = at(p_.residual);
-      if (p_.residual.wide && count == 8) {
+      Channels<S, V> other;
+      other.load(at(p_.residual));
 #pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-          Channels<S, kVector> some;
-          some.load(from + i / kVector * kVector);
-          float four[4];
-          some.part(i % kVector / 4, four);
+      for (int part = 0; part < other.kParts; ++part) {
+        float some[other.kPart];
+        other.part(part, some);
 #pragma unroll
-          for (int v = 0; v < 4; ++v) value[i + v] += four[v];
-        }
-      } else {
-#pragma unroll
-        for (int v = 0; v < 8; ++v) {
-          if (v < count) value[v] += widen(__ldg(from + v * step(p_.residual)));
-        }
+        for (int v = 0; v < other.kPart; ++v) value[part * other.kPart + v] += some[v];
       }
     }
     activate_values(value, p_.activation);
-    S* const to = at(p_.y);
-    if (p_.y.wide && count == 8) {
-#pragma unroll
-      for (int i = 0; i < 8; i += kVector) Channels<S, kVector>::store(value + i, to + i);
-    } else {
-#pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        if (v < count) narrow(value[v], to + v * step(p_.y));
-      }
-    }
+    Channels<S, V>::store(value, at(p_.y));
   }
 
   const FusedParameters& p_;
   unsigned char* shared_;
-  int output_, column_, row_, image_;
+  int output_, column_, row_, image_, chunks_;
   Sums sums_;
 };
 
-// Blocks that the registers of a multiprocessor hold: 512 threads, or half of them where 128 registers would not do.
-template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
-constexpr int kResident =
-    Tile::kThreads == 256 && (sizeof(S) == 4 ? kPixelsInner : kTaps * kStride >= 7) ? 1 : Tile::kResident;
+// Threads that the registers of a multiprocessor hold: with 128 each, or with twice as many where that would not do.
+template <class F, int kOutputs, int kTaps>
+constexpr int kResidentThreads = kOutputs == 128 && (__is_same(F, float) || kTaps >= 7) ? 256 : 512;
 
-template <class S, class Tile, int kTaps, int kStride, bool kPixelsInner>
-__global__ void __launch_bounds__(Tile::kThreads, kResident<S, Tile, kTaps, kStride, kPixelsInner>)
+template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
+__global__ void __launch_bounds__(kMostThreads, kResidentThreads<F, kOutputs, kTaps> / kMostThreads)
     fused_forward(const FusedParameters p) {
-  FusedBlock<S, Tile, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
+  FusedBlock<F, kOutputs, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
 }
 
 }  // namespace dsconv::cuda

@@ -2,6 +2,7 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nchw_kany = kernel_of_fused<0, 0, true, Tiny, Small>();
+extern const Kernel<SeparableProblem> fused_nchw_kany = kernel_of_fused<Dataflow::accumulators, 0, 0, true, 64>();
+extern const Kernel<SeparableProblem> resident_nchw_kany = kernel_of_fused<Dataflow::resident, 0, 0, true, 64>();
 
 }  // namespace dsconv::cuda

@@ -2,7 +2,9 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nhwc_k3s1 = kernel_of_fused<3, 1, false, Small, Large>();
-extern const Kernel<SeparableProblem> fused_nhwc_k3s2 = kernel_of_fused<3, 2, false, Small, Large>();
+extern const Kernel<SeparableProblem> fused_nhwc_k3s1 = kernel_of_fused<Dataflow::accumulators, 3, 1, false, 128>();
+extern const Kernel<SeparableProblem> resident_nhwc_k3s1 = kernel_of_fused<Dataflow::resident, 3, 1, false, 128>();
+extern const Kernel<SeparableProblem> fused_nhwc_k3s2 = kernel_of_fused<Dataflow::accumulators, 3, 2, false, 64>();
+extern const Kernel<SeparableProblem> resident_nhwc_k3s2 = kernel_of_fused<Dataflow::resident, 3, 2, false, 64>();
 
 }  // namespace dsconv::cuda

@@ -2,6 +2,7 @@
 
 namespace dsconv::cuda {
 
-extern const Kernel<SeparableProblem> fused_nhwc_k7s1 = kernel_of_fused<7, 1, false, Small, Large>();
+extern const Kernel<SeparableProblem> fused_nhwc_k7s1 = kernel_of_fused<Dataflow::accumulators, 7, 1, false, 128>();
+extern const Kernel<SeparableProblem> resident_nhwc_k7s1 = kernel_of_fused<Dataflow::resident, 7, 1, false, 128>();
 
 }  // namespace dsconv::cuda

@@ -1,81 +1,107 @@
 // The rows of the fused kernel: which problems, in which tiles.
 #pragma once
 
+#include <cmath>
+#include <stdexcept>
+
+#include "cuda/device.h"
 #include "cuda/fused.cuh"
 
 namespace dsconv::cuda {
 
-// Two blocks fit the shared memory of every architecture's multiprocessor but sm_75's.
-constexpr int64_t kFusedBytes = 48 << 10;
+// Where the depthwise values are while they are multiplied: see fused.cuh.
+enum class Dataflow : uint8_t { accumulators, resident };
 
-// A problem cut into tiles of one shape.
+// A problem cut into tiles, and estimates: of the arithmetic and what it reads, and of latencies.
 struct FusedPlan {
   FusedParameters parameters;
   int64_t blocks, shared_bytes;
-  double cost;  // multiply-adds of the busiest multiprocessor, those of tensor cores at their rate
+  int threads;
+  double busy_us, latency_us;
+
+  double us(double efficiency = 1) const { return busy_us / efficiency + latency_us; }
 };
 
-struct FusedShape {
-  int pixels, outputs;
-  int64_t operand_bytes, sum_bytes;
-};
-template <class Tile>
-constexpr FusedShape kShapeOf{Tile::kPixels, Tile::kOutputs, Tile::kOperandBytes, Tile::kSumBytes};
+// The plan with the least time, of tiles of so many outputs and any number of pixels; infinite where no block fits the
+// GPU, whose multiprocessors have registers for `resident_threads`.
+FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t resident_threads, bool pixels_inner,
+                     Dataflow dataflow, const Machine& machine);
 
-FusedPlan plan_fused(const SeparableProblem& p, const FusedShape& shape, bool pixels_inner, int multiprocessors);
+// What moving inputs, outputs and weights takes, once each.
+double fused_memory_us(const SeparableProblem& p, const Machine& machine);
 
 // null, or the reason why not. 0 taps or a stride of 0 are any.
 const char* why_not_fused(const SeparableProblem& p, int taps, int stride, bool pixels_inner);
 
-using Tiny = FusedTile<32, 64, 2>;
-using Small = FusedTile<64, 64, 4>;
-using Large = FusedTile<128, 128, 8>;
-
-// A row of kernels.inc, and the tiles it has code for: of the smallest come the most blocks and the smallest boxes.
-template <int kTaps, int kStride, bool kPixelsInner, class Smallest, class... Larger>
+// A row of kernels.inc. There is code for tiles of 64 outputs, and where that pays of 128: then half as many blocks make
+// the depthwise values anew, and a warp multiplies twice as often with what it reads from shared memory.
+template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, int kMostOutputs>
 struct Fused {
-  template <class Tile>
-  static FusedPlan plan(const SeparableProblem& p, int multiprocessors) {
-    return plan_fused(p, kShapeOf<Tile>, kPixelsInner, multiprocessors);
+  static constexpr int kLeastOutputs = 64;
+
+  struct Choice {
+    FusedPlan plan;
+    void (*launch)(const FusedPlan&, const Runtime&);
+  };
+
+  template <class F, int kOutputs>
+  static void launch_plan(const FusedPlan& plan, const Runtime& runtime) {
+    cuda::launch("fused_forward", fused_forward<F, kOutputs, kTaps, kStride, kPixelsInner>, plan.blocks, plan.threads,
+                 plan.shared_bytes, runtime, plan.parameters);
+  }
+  template <class F, int kOutputs>
+  static Choice choice(const SeparableProblem& p, const Machine& machine) {
+    constexpr int kThreads = kResidentThreads<F, kOutputs, kTaps>;
+    return {plan_fused(p, kOutputs, kThreads, kPixelsInner, kDataflow, machine), launch_plan<F, kOutputs>};
+  }
+  template <class F>
+  static Choice best(const SeparableProblem& p, const Machine& machine) {
+    const Choice least = choice<F, kLeastOutputs>(p, machine);
+    if constexpr (kMostOutputs > kLeastOutputs) {
+      const Choice most = choice<F, kMostOutputs>(p, machine);
+      if (most.plan.us() < least.plan.us()) return most;
+    }
+    return least;
+  }
+  static Choice best(const SeparableProblem& p, const Machine& machine) {
+    switch (p.depthwise.dtype) {
+      case DType::f16: return best<__half>(p, machine);
+      case DType::bf16: return best<__nv_bfloat16>(p, machine);
+      default: return product_rate(p.pointwise, machine) > 1 ? best<Tf32>(p, machine) : best<float>(p, machine);
+    }
   }
 
   static const char* can_run(const SeparableProblem& p) {
     if (const char* reason = why_not_fused(p, kTaps, kStride, kPixelsInner)) return reason;
-    const FusedPlan least = plan<Smallest>(p, 1);
-    if (least.shared_bytes > kFusedBytes) return "the window does not fit shared memory";
-    return least.blocks > kLargestGrid ? kGridTooLarge : nullptr;
+    const int64_t tiles = ceil_div(p.pointwise.out_channels, kLeastOutputs);
+    if (kDataflow == Dataflow::resident && tiles < 2) return "one tile has all outputs";
+    const FusedPlan plan = best(p, kMostShared).plan;  // what a smaller GPU has no room for takes forever there
+    return plan.blocks > 0 ? nullptr : "no tile fits shared memory, or more blocks than a grid holds";
+  }
+  static double estimate_us(const SeparableProblem& p, const Machine& machine, double efficiency) {
+    return std::fmax(best(p, machine).plan.us(efficiency), fused_memory_us(p, machine));
+  }
+  static void launch(const SeparableProblem& p, const Runtime& runtime, void*) {
+    const Choice chosen = best(p, *runtime.machine);
+    if (chosen.plan.blocks == 0) throw std::invalid_argument("dsconv: a fused kernel that this GPU has no room for");
+    chosen.launch(chosen.plan, runtime);
   }
 
-  static int64_t threads(const SeparableProblem& p) { return plan<Smallest>(p, 1).blocks * Smallest::kThreads; }
-
-  template <class S, class Tile>
-  static void launch_plan(const FusedPlan& plan, const Runtime& runtime) {
-    cuda::launch("fused_forward", fused_forward<S, Tile, kTaps, kStride, kPixelsInner>, plan.blocks, Tile::kThreads,
-                 plan.shared_bytes, runtime, plan.parameters);
-  }
-  static void launch(const SeparableProblem& p, const Runtime& runtime) {
-    with_storage(p.depthwise.dtype, [&]<class S>() { launch_as<S>(p, runtime); });
-  }
-  template <class S>
-  static void launch_as(const SeparableProblem& p, const Runtime& runtime) {
-    FusedPlan best = plan<Smallest>(p, runtime.threads);
-    auto* launch_best = launch_plan<S, Smallest>;
-    const auto consider = [&]<class Tile>(const FusedPlan& other, Tile*) {
-      if (other.shared_bytes > kFusedBytes || other.cost >= best.cost) return;
-      best = other;
-      launch_best = launch_plan<S, Tile>;
-    };
-    (consider(plan<Larger>(p, runtime.threads), static_cast<Larger*>(nullptr)), ...);
-    launch_best(best, runtime);
-  }
+ private:
+  static constexpr Machine kMostShared{Target::cuda, 90, 1, 1, 1, 0, 1, 228 << 10};
 };
 
 // bfloat16 needs the tensor cores of sm_80.
 inline int least_sm_of(const SeparableProblem& p) { return p.depthwise.dtype == DType::bf16 ? 80 : 75; }
 
-template <int kTaps, int kStride, bool kPixelsInner, class... Tiles>
+template <Dataflow kDataflow, int kTaps, int kStride, bool kPixelsInner, int kMostOutputs>
 constexpr Kernel<SeparableProblem> kernel_of_fused() {
-  return kernel_of_rows<Fused<kTaps, kStride, kPixelsInner, Tiles...>, SeparableProblem>(least_sm_of);
+  using Row = Fused<kDataflow, kTaps, kStride, kPixelsInner, kMostOutputs>;
+  return {.can_run = Row::can_run,
+          .workspace_bytes = [](const SeparableProblem&, int) -> size_t { return 0; },
+          .launch = Row::launch,
+          .least_sm = least_sm_of,
+          .estimate_us = Row::estimate_us};
 }
 
 }  // namespace dsconv::cuda

@@ -9,10 +9,15 @@
 
 namespace dsconv::cuda {
 
+// Shared memory that a block gets without asking.
+constexpr int64_t kUsualSharedBytes = 48 << 10;
+
 // Kernels take one struct by value. Blocks go on grid.x alone, whose limit is 2^31 - 1.
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared_bytes,
             const Runtime& runtime, const Parameters& parameters) {
+  if (shared_bytes > kUsualSharedBytes)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(runtime.stream)>>>(
       parameters);
   check_launch(name);

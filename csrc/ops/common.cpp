@@ -130,7 +130,8 @@ void launch(const Row& row, const Problem& problem, const Tensor& x) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (row.target == Target::cuda) {
     guard.emplace(x.get_device_index());
-    runtime.threads = machine_of(x).multiprocessors;
+    runtime.machine = &machine_of(x);
+    runtime.threads = runtime.machine->multiprocessors;
     runtime.stream = torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle();
   }
 #endif

@@ -111,7 +111,8 @@ std::string describe(const PointwiseProblem& p) {
          " " + sizes(p.size) + " " + name_of(p.dtype);
 }
 std::string describe(const SeparableProblem& p) {
-  return describe(p.depthwise) + " o" + std::to_string(p.pointwise.out_channels);
+  return describe(p.depthwise) + (p.pointwise.allow_tf32 ? " or tf32" : "") + " o" +
+         std::to_string(p.pointwise.out_channels);
 }
 
 std::string kernels() {

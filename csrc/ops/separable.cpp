@@ -18,14 +18,14 @@ SeparableChoice choose_rows(const SeparableProblem& p, Fuse fuse, const Tensor& 
   if (!recording()) return choose_separable(p, fuse, machine_of(x), preferred_rows());
   std::vector<Candidate> candidates;
   const SeparableChoice choice = choose_separable(p, fuse, machine_of(x), preferred_rows(), &candidates);
-  // The composition says itself that it runs.
-  if (!choice.fused && !x.is_cpu()) return choice;
+  // Without code for the GPU something else runs, and says so itself.
+  if (!has_kernels(x)) return choice;
   record("separable", Pass::separable_fwd, describe(p), choice.fused ? choice.fused->name : candidates.back().name,
          candidates);
   return choice;
 }
 
-// The unfused composition that Python registers, for what no fused kernel of a GPU runs. It says so itself.
+// What Python registers for a GPU that this library holds no code for.
 Tensor separable_torch(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
                        const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
                        const OptionalTensor& residual, const IntList& stride, const IntList& padding,
@@ -47,6 +47,16 @@ Tensor separable_torch(const Tensor& x, const Tensor& depthwise_weight, const Te
                                      from(activation_param),
                                      from(fuse)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::separable_torch", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// PyTorch's matrix product: the second stage on a GPU where nothing is fused.
+Tensor pointwise_torch(const Tensor& map, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const std::string& activation, double activation_param) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(map),      from(weight),     from(bias),
+                                    from(residual), from(activation), from(activation_param)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dsconv::pointwise_torch", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -85,18 +95,21 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                  const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
                  const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
                  const std::string& mid_activation, double mid_param, const std::string& activation,
-                 double activation_param, const std::string& fuse) {
-  const SeparableProblem p =
+                 double activation_param, const std::string& fuse, bool allow_tf32) {
+  SeparableProblem p =
       separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual,
                         {stride, padding, dilation}, parse_activation("mid_activation", mid_activation, mid_param),
                         parse_activation("activation", activation, activation_param));
+  p.pointwise.allow_tf32 = allow_tf32;
   const Fuse how = parse_fuse(fuse);
   if (x.is_cpu() || p.pointwise.batch == 0) return separable_forward(p, how, x);
-  // A GPU has no pointwise rows: unfused, PyTorch's matrix product is the second stage.
+  if (!has_kernels(x))
+    return separable_torch(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride,
+                           padding, dilation, mid_activation, mid_param, activation, activation_param, fuse);
   const SeparableChoice choice = how == Fuse::never ? SeparableChoice{} : choose_rows(p, how, x);
   if (choice.fused) return run_rows(p, choice, x);
-  return separable_torch(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride,
-                         padding, dilation, mid_activation, mid_param, activation, activation_param, fuse);
+  const Tensor map = depthwise_forward("separable", p.depthwise, p.depthwise.activation, x);
+  return pointwise_torch(map, pointwise_weight, pointwise_bias, residual, activation, activation_param);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(

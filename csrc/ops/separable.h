@@ -11,7 +11,7 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                  const OptionalTensor& depthwise_bias, const OptionalTensor& pointwise_bias,
                  const OptionalTensor& residual, const IntList& stride, const IntList& padding, const IntList& dilation,
                  const std::string& mid_activation, double mid_param, const std::string& activation,
-                 double activation_param, const std::string& fuse);
+                 double activation_param, const std::string& fuse, bool allow_tf32);
 
 // The forward of `problem` into a new tensor.
 Tensor separable_forward(const SeparableProblem& problem, Fuse fuse, const Tensor& x);

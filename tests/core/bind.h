@@ -59,6 +59,7 @@ inline PointwiseProblem pointwise_problem(const Spec& s, const Views& v, const P
   p.grad_weight = v[kGradWeight];
   p.grad_bias = v[kGradBias];
   p.packed = packed.pointwise;
+  p.allow_tf32 = s.tf32 != 0;
   return p;
 }
 

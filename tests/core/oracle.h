@@ -120,11 +120,25 @@ inline Spec stage_of(Spec s, Pass pass) {
   return s;
 }
 
-// Depthwise, rounded to the storage type as memory would, then pointwise.
+// To the 10 stored bits of a tf32, ties away from zero.
+constexpr double kTf32Ulp = 0x1p-10;
+inline double rounded_to_tf32(double x) {
+  if (!std::isfinite(x) || x == 0) return x;
+  int exponent;
+  std::frexp(x, &exponent);
+  return std::ldexp(std::round(std::ldexp(x, 11 - exponent)), exponent - 11);
+}
+
+// Depthwise, rounded to the storage type as memory would or to tf32, then pointwise.
 inline Results expect_separable(const Spec& s, Numbers numbers) {
   const Spec first = stage_of(s, Pass::depthwise_fwd), second = stage_of(s, Pass::pointwise_fwd);
-  const Expected map = expect_single(first, numbers).at(kOutput);
-  numbers[kX] = mapped(map.value, [&](double x) { return rounded(s.dtype, x); });
+  Expected map = expect_single(first, numbers).at(kOutput);
+  const auto factor = [&](double x) { return s.tf32 ? rounded_to_tf32(x) : rounded(s.dtype, x); };
+  if (s.tf32) {
+    for (size_t i = 0; i < map.bound.size(); ++i) map.bound[i] += kTf32Ulp * std::fabs(map.value[i]);
+  }
+  numbers[kX] = mapped(map.value, factor);
+  numbers[kPointwiseWeight] = mapped(numbers.at(kPointwiseWeight), factor);
   if (s.data != Data::reals) return expect_single(second, numbers);
   Spec spread = without_activation(second);
   spread.pointwise_bias = spread.residual = 0;

@@ -68,6 +68,7 @@ struct Spec {
           out[3] = {1, 1, 1};
   ActivationSpec mid{}, activation{};
   int64_t bias = 0, pointwise_bias = 0, residual = 0, packed = 0;
+  int64_t tf32 = 0;                        // float32 factors of the pointwise stage are rounded
   int64_t want_weight = 0, want_bias = 0;  // the gradients of a wgrad pass
   Layout layout[kRoles] = {};
   int64_t wild = 0;    // dimensions of size 1 have meaningless strides
@@ -222,6 +223,7 @@ void fields(AnySpec& s, Visit visit) {
   visit("has_pointwise_bias", s.pointwise_bias);
   visit("has_residual", s.residual);
   visit("packed", s.packed);
+  visit("tf32", s.tf32);
   visit("want_weight", s.want_weight);
   visit("want_bias", s.want_bias);
   visit("wild", s.wild);

@@ -1,7 +1,7 @@
 // Runs CUDA rows of the kernel table on the CPU, thread by thread. Each line of the standard input is a row and a problem
 // as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
 //
-//   driver [--gpu N]           the lines of the standard input, launched as on a GPU of N multiprocessors
+//   driver [--gpu N]           the lines of the standard input, launched as on N multiprocessors of an H100
 //   driver --record FILE       the same, and each launch to the file as simt.h says
 //   driver --dry               the same lines: the kernel that each would launch; memory is never touched
 //   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
@@ -51,8 +51,31 @@ const Row& row_called(const std::string& name) {
   throw std::invalid_argument("no CUDA row is called " + name);
 }
 
+struct Gpu {
+  const char* name;
+  Machine machine;
+};
+// From the vendor's data sheets: fp32 multiply-adds (as flops), L2 and memory bandwidth, L2 size, multiprocessors and the
+// shared memory of each.
+constexpr Gpu kGpus[] = {
+    {"T4", {Target::cuda, 75, 8'100, 1'270, 320, 4 << 20, 40, 64 << 10}},
+    {"A100", {Target::cuda, 80, 19'500, 5'000, 1'555, 40 << 20, 108, 164 << 10}},
+    {"A10", {Target::cuda, 86, 31'200, 1'800, 600, 6 << 20, 72, 100 << 10}},
+    {"L4", {Target::cuda, 89, 30'300, 1'500, 300, 48 << 20, 58, 100 << 10}},
+    {"H100", {Target::cuda, 90, 66'900, 7'000, 3'350, 50 << 20, 132, 228 << 10}},
+    {"B200", {Target::cuda, 100, 75'000, 12'000, 8'000, 126 << 20, 148, 228 << 10}},
+    {"RTX 5090", {Target::cuda, 120, 104'800, 6'000, 1'790, 96 << 20, 170, 100 << 10}},
+};
+Machine machine = kGpus[4].machine;
+
 // Many multiprocessors split small problems; with one they are cut as large ones are on any GPU.
-Runtime runtime{132, nullptr, nullptr};
+Runtime runtime{machine.multiprocessors, nullptr, nullptr, &machine};
+
+void keep_multiprocessors(int count) {
+  for (double* rate : {&machine.peak_gflops, &machine.cache_gbs, &machine.memory_gbs})
+    *rate *= double(count) / machine.multiprocessors;
+  runtime.threads = machine.multiprocessors = count;
+}
 
 class Case {
  public:
@@ -236,21 +259,6 @@ bool run_primitive(const std::string& name) {
   return report.violations.empty();
 }
 
-struct Gpu {
-  const char* name;
-  Machine machine;
-};
-// From the vendor's data sheets: fp32 multiply-adds (as flops), L2 and memory bandwidth, L2 size, multiprocessors.
-constexpr Gpu kGpus[] = {
-    {"T4", {Target::cuda, 75, 8'100, 1'270, 320, 4 << 20, 40}},
-    {"A100", {Target::cuda, 80, 19'500, 5'000, 1'555, 40 << 20, 108}},
-    {"A10", {Target::cuda, 86, 31'200, 1'800, 600, 6 << 20, 72}},
-    {"L4", {Target::cuda, 89, 30'300, 1'500, 300, 48 << 20, 58}},
-    {"H100", {Target::cuda, 90, 66'900, 7'000, 3'350, 50 << 20, 132}},
-    {"B200", {Target::cuda, 100, 75'000, 12'000, 8'000, 126 << 20, 148}},
-    {"RTX 5090", {Target::cuda, 120, 104'800, 6'000, 1'790, 96 << 20, 170}},
-};
-
 // Sizes up to those of tensors that no test could hold: the launch code sees them, memory is never touched.
 Spec random_large(Pass pass, Random& r) {
   Spec s = generate(pass, r.below(1 << 20), r.below(1 << 20));
@@ -267,6 +275,7 @@ Spec random_large(Pass pass, Random& r) {
   }
   for (Layout& layout : s.layout) layout = r.one_in(2) ? Layout::contiguous : Layout::channels_last;
   s.layout[kOutput] = s.layout[kX];
+  s.tf32 = pass == Pass::separable_fwd && s.dtype == DType::f32 && r.one_in(2);
   return s;
 }
 
@@ -284,16 +293,26 @@ Views imagined_views(const Spec& s) {
   return views;
 }
 
+// What runs without a wish: of a separable problem the fused row, or none where two passes are faster.
+template <class Problem>
+const Row* planned(Pass pass, const Problem& problem, const Machine& gpu) {
+  if constexpr (std::is_same_v<Problem, SeparableProblem>) {
+    return choose_separable(problem, Fuse::automatic, gpu, {}).fused;
+  } else {
+    return choose(pass, problem, gpu, {});
+  }
+}
+
 // A problem has the same row every time, and the row's launch is one that CUDA takes. Depthwise problems have a row on
-// every GPU; a separable one without is left to the unfused composition.
+// every GPU; a separable one without is left to two passes.
 template <class Problem>
 std::string choose_on(const Gpu& gpu, Pass pass, const Problem& problem, const Row* row) {
   if (!row) return pass == Pass::separable_fwd ? "" : "no row";
-  if (row != choose(pass, problem, gpu.machine, {})) return "another row the second time";
+  if (row != planned(pass, problem, gpu.machine)) return "another row the second time";
   const auto& kernel = kernel_of<Problem>(*row);
   if (kernel.can_run(problem)) return "an illegal row";
   try {
-    kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr}, nullptr);
+    kernel.launch(problem, Runtime{gpu.machine.multiprocessors, nullptr, nullptr, &gpu.machine}, nullptr);
   } catch (const simt::Violation& violation) {
     return violation.what();
   }
@@ -305,7 +324,7 @@ bool choose_on_all(const Spec& spec) {
   simt::dry = true;
   with_problem(spec, imagined_views(spec), {}, [&](const auto& problem) {
     for (const Gpu& gpu : kGpus) {
-      const Row* row = choose(spec.pass, problem, gpu.machine, {});
+      const Row* row = planned(spec.pass, problem, gpu.machine);
       simt::largest = {};
       const std::string wrong = choose_on(gpu, spec.pass, problem, row);
       good &= wrong.empty();
@@ -350,7 +369,7 @@ int main(int count, char** words) {
     if (option == "--choose-random")
       return choose_randomly(words[2], std::stoll(words[3]), std::stoull(words[4])) ? 0 : 1;
     if (option == "--record") simt::record = std::fopen(words[2], "w");
-    if (option == "--gpu") runtime.threads = std::stoi(words[2]);
+    if (option == "--gpu") keep_multiprocessors(std::stoi(words[2]));
     for (std::string line; std::getline(std::cin, line);)
       good &= option == "--choose" ? choose_on_all(parse(line)) : option == "--dry" ? launch_dry(line) : answer(line);
     return good ? 0 : 1;

@@ -49,7 +49,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kMaxThreads = 1024, kBand = 256;
-constexpr int64_t kMaxSharedBytes = 48 << 10, kSharedTotal = kMaxSharedBytes + 2 * kBand;  // without asking for more
+constexpr int64_t kMaxSharedBytes = 227 << 10, kSharedTotal = kMaxSharedBytes + 2 * kBand;  // of any GPU
 
 enum class State : uint8_t { runnable, at_barrier, in_exchange, done };
 
