@@ -293,9 +293,14 @@ def test_offsets_that_fit_32_bits(size, stride, kernel, channels_last):
     assert done.stdout.split() == [kernel], done.stdout
 
 
-def traffic(row: str, dtype: str, channels: int, size: tuple[int, int], taps: tuple[int, int], stride: int) -> dict:
+def centred(size: tuple[int, int], taps: tuple[int, int], stride: int = 1, dilation: int = 1) -> list[tuple[int, ...]]:
+    """Windows padded alike on both sides."""
+    dims = [(n, k, dilation * (k - 1) // 2) for n, k in zip(size, taps, strict=True)]
+    return [(n, k, min(n, stride), dilation, pad, pad) for n, k, pad in dims]
+
+
+def traffic(row: str, dtype: str, channels: int, window: list[tuple[int, ...]]) -> dict:
     """What the row moves for a layer that fills any GPU: it is cut as on one multiprocessor."""
-    window = [(n, k, min(n, stride), 1, k // 2, k // 2) for n, k in zip(size, taps, strict=True)]
     problem = line("nhwc" in row, window, dtype=dtype, n=1, c=channels)
     done = drive(TRACED, "--gpu", "1", lines=[f"{row} {problem}"])
     assert done.returncode == 0 and done.stdout.startswith("ok "), done.stdout
@@ -318,7 +323,7 @@ def test_traffic(name, size, taps, stride, dtype):
     wide, one_dimensional = "wide" in name, taps[0] == 1
     channels = (32 if dtype == "float32" else 64) if wide else 8 if min(size) > 14 or one_dimensional else 64
     row = f"depthwise_fwd_{name}_k{'any' if one_dimensional else taps[1]}s{stride}_cuda"
-    counts = traffic(row, dtype, channels, size, taps, stride)
+    counts = traffic(row, dtype, channels, centred(size, taps, stride))
     least = counts["input_bytes"] + counts["output_bytes"]
     assert 32 * (counts["sectors_read"] + counts["sectors_written"]) <= LIMITS[taps[0]] * least, counts
     assert counts["bytes_written"] == counts["distinct_bytes_written"] == counts["output_bytes"], counts
@@ -326,9 +331,34 @@ def test_traffic(name, size, taps, stride, dtype):
     if wide or -(-size[1] // stride) > 4:
         asked = counts["bytes_read"] + counts["bytes_written"]
         assert asked >= 0.9 * 32 * counts["sectors_requested"], counts
-    # channels_last: 16 bytes of channels. Contiguous: 4 columns at once, at any width; filters of any taps one column.
-    columns = 1 if one_dimensional else 4
-    assert counts["largest_access"] == (16 if wide else columns * (4 if dtype == "float32" else 2)), counts
+    # channels_last: 16 bytes of channels. Contiguous: 4 columns at once, at any width.
+    assert counts["largest_access"] == (16 if wide else 4 * (4 if dtype == "float32" else 2)), counts
+    assert counts["wavefronts"] <= 1.05 * counts["fewest_wavefronts"], counts
+
+
+# Contiguous, windows that are no undilated square: planes, window, limit of the sectors moved.
+PLANES = {14: 64, 28: 8, 33: 8, 56: 2, 112: 1}
+ANY = [(PLANES[n], centred((n, n), (3, 3), 1, d), 1.35) for d in (2, 3) for n in PLANES]
+ANY += [(PLANES[n], centred((n, n), taps), 1.35) for taps in ((3, 1), (1, 3), (5, 3)) for n in (28, 33, 112)]
+ANY += [(min(2, PLANES[n]), centred((n, n), (k, k)), 1.9) for k in (9, 11) for n in (28, 33, 112)]
+ANY += [(PLANES[n], centred((n, n), (5, 3), 2), 1.35) for n in (28, 33, 56)] + [(2, centred((28, 28), (9, 9), 2), 1.9)]
+ROW = (1, 1, 1, 1, 0, 0)
+ANY += [(c, [ROW, (n, k, 1, 1, k // 2, k // 2)], 1.15) for c, n in ((16, 131), (2, 768)) for k in (15, 31)]
+ANY += [(2, [ROW, (768, 31, 1, 1, 30, 0)], 1.15), (4, [ROW, (768, 15, 2, 1, 7, 7)], 1.15)]
+ANY += [(2, [ROW, (768, 3, 1, d, d, d)], 1.15) for d in (2, 4, 16)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("planes", "window", "limit"), ANY)
+def test_traffic_of_any_window(planes, window, limit, dtype):
+    counts = traffic(f"depthwise_fwd_nchw_kanys{window[1][2]}_cuda", dtype, planes, window)
+    least = counts["input_bytes"] + counts["output_bytes"]
+    assert 32 * (counts["sectors_read"] + counts["sectors_written"]) <= limit * least, counts
+    assert counts["bytes_written"] == counts["distinct_bytes_written"] == counts["output_bytes"], counts
+    # Planes of other sizes begin and end within sectors and vectors.
+    share = 0.9 if window[0][0] * window[1][0] % 4 == 0 else 0.8
+    assert counts["bytes_read"] + counts["bytes_written"] >= share * 32 * counts["sectors_requested"], counts
+    assert counts["largest_access"] == 4 * (4 if dtype == "float32" else 2), counts
     assert counts["wavefronts"] <= 1.05 * counts["fewest_wavefronts"], counts
 
 

@@ -89,6 +89,9 @@ template <class Quad, class Single>
 __device__ inline int stream_planes(const Planes& q, const void* data, int64_t first, DType dtype, int planes, int rows,
                                     int width, Quad quad, Single single) {
   const int behind = behind_vector(q, data, first, dtype), unit = q.in_quads ? 4 : 1;
+  // Warps start between sectors of 32 bytes.
+  const int bytes = dtype == DType::f32 ? 4 : 2;
+  const int lead = static_cast<int>((reinterpret_cast<uintptr_t>(data) / bytes + first) % (32 / bytes));
   if (width <= 0 || rows <= 0) return behind;
   int runs = planes, planes_of_run = 1, pitch = q.row_pitch;
   if (q.rows_are_one) {
@@ -101,10 +104,10 @@ __device__ inline int stream_planes(const Planes& q, const void* data, int64_t f
     planes_of_run = q.run;
     pitch = q.run * q.plane_pitch + q.skew;
   }
-  const int end = behind + width * planes_of_run;
+  const int end = lead + width * planes_of_run;
   const int length = q.with_gaps && pitch > end ? pitch : end;
   for_stream(runs, rows, (length + unit - 1) / unit, [&](int run, int row, int index) {
-    const int plane = run * planes_of_run, column = unit * index - behind;
+    const int plane = run * planes_of_run, column = unit * index - lead;
     const int count = width * (planes - plane < planes_of_run ? planes - plane : planes_of_run);
     const int64_t global = first + plane * q.plane + row * q.row + column;
     const int at = (q.planes_of_run_are_one ? run * pitch : q.at(plane)) + row * q.row_pitch + behind + column;

@@ -28,10 +28,11 @@ struct Cell {
   Stamp write, read, other_read;  // the last ones; of reads, those of two different threads
 };
 
-// A request is what the lanes of a warp do with one instruction at a time: each lane's n-th execution of it.
+// A request is what the lanes of a warp do with one instruction at a time: each lane's n-th execution of it since they
+// last waited for each other.
 struct Event {
   uintptr_t instruction;
-  int64_t execution;
+  int64_t meeting, execution;
   uintptr_t at;
   int bytes;
   bool shared, write;
@@ -49,7 +50,8 @@ struct Tracer {
   int thread = -1;
   int64_t epoch = 0;
   std::array<int64_t, 32> warp_epoch{};
-  std::vector<std::unordered_map<uintptr_t, int64_t>> executions;  // per thread
+  std::vector<std::unordered_map<uintptr_t, int64_t>> executions;  // per thread, since it last met others
+  std::vector<int64_t> meetings;                                   // per thread
   std::vector<std::vector<Event>> events;                          // per warp
   std::set<std::string> kinds;
   Report report{};
@@ -127,12 +129,13 @@ void count_wavefronts(const Event* begin, const Event* end, Counts& counts) {
 
 void count_requests(std::vector<Event>& events, Counts& counts) {
   std::sort(events.begin(), events.end(), [](const Event& a, const Event& b) {
-    return std::tie(a.instruction, a.execution, a.lane) < std::tie(b.instruction, b.execution, b.lane);
+    return std::tie(a.instruction, a.meeting, a.execution, a.lane) <
+           std::tie(b.instruction, b.meeting, b.execution, b.lane);
   });
   for (size_t first = 0; first < events.size();) {
     size_t last = first;
     while (last < events.size() && events[last].instruction == events[first].instruction &&
-           events[last].execution == events[first].execution)
+           events[last].meeting == events[first].meeting && events[last].execution == events[first].execution)
       ++last;
     const Event *begin = events.data() + first, *end = events.data() + last;
     if (begin->shared) {
@@ -182,6 +185,7 @@ void end() {}
 void begin_block(int threads) {
   Tracer& t = tracer();
   t.executions.assign(threads, {});
+  t.meetings.assign(threads, 0);
   t.events.assign((threads + kWarp - 1) / kWarp, {});
   std::fill(t.cells.back().begin(), t.cells.back().end(), Cell{});
   ++t.epoch;
@@ -205,8 +209,24 @@ void enter_thread(int index) {
   tracer().running = true;
 }
 void leave_thread() { tracer().running = false; }
-void block_synchronised() { ++tracer().epoch; }
-void warp_synchronised(int warp, unsigned) { ++tracer().warp_epoch[warp]; }
+
+namespace {
+void meet(size_t index) {
+  ++tracer().meetings[index];
+  tracer().executions[index].clear();
+}
+}  // namespace
+
+void block_synchronised() {
+  ++tracer().epoch;
+  for (size_t i = 0; i < tracer().meetings.size(); ++i) meet(i);
+}
+void warp_synchronised(int warp, unsigned mask) {
+  ++tracer().warp_epoch[warp];
+  for (int i = 0; i < kWarp; ++i) {
+    if (mask >> i & 1) meet(warp * kWarp + i);
+  }
+}
 
 namespace {
 
@@ -266,7 +286,7 @@ void access(const volatile void* at, int bytes, Kind kind, const void* instructi
     for (int i = 0; write && i < bytes; ++i) t.written[buffer][p + i - t.buffers[buffer].begin] = true;
   }
   t.events[t.thread / kWarp].push_back(
-      {what, execution, reinterpret_cast<uintptr_t>(p), bytes, shared, write, t.thread % kWarp});
+      {what, t.meetings[t.thread], execution, reinterpret_cast<uintptr_t>(p), bytes, shared, write, t.thread % kWarp});
 }
 
 }  // namespace simt::trace
