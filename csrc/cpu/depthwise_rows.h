@@ -14,15 +14,18 @@ namespace dsconv::cpu::DSCONV_ISA {
 template <class S, class T = Compute<S>>
 static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c, int64_t channels, int64_t parts) {
   constexpr int kL = kLanes<T>;
-  const int64_t taps = product(p.window.taps), lanes = min64(kL, channels);
-  for (int64_t next = 0; next < channels; next += kL) {
-    const int64_t first = block_channel<T>(next, channels);
-    for (int64_t part = 0; part < parts; ++part, packed += taps * kL) {
-      const S* block = static_cast<const S*>(p.weight.data) + (first * parts + part) * p.weight.stride[0];
-      for (int64_t t = 0; t < taps; t += kL) {
+  const int64_t taps = product(p.window.taps), lanes = min64(kL, channels), filter = p.weight.stride[0];
+  for (int64_t t = 0; t < taps; t += kL) {
+    const int64_t count = min64(kL, taps - t);
+    int64_t places[kL];
+    for (int64_t i = 0; i < count; ++i) places[i] = c.place_of(t + i) * kL;
+    T* block = packed;
+    for (int64_t next = 0; next < channels; next += kL) {
+      const S* filters = static_cast<const S*>(p.weight.data) + block_channel<T>(next, channels) * parts * filter;
+      for (int64_t part = 0; part < parts; ++part, block += taps * kL) {
         Vec<T> rows[kL];
-        load_taps<S>(rows, block, p.weight, parts * p.weight.stride[0], p.window, lanes, t, min64(kL, taps - t));
-        for (int64_t i = 0; i < min64(kL, taps - t); ++i) store(packed + c.place_of(t + i) * kL, rows[i]);
+        load_taps<S>(rows, filters + part * filter, p.weight, parts * filter, p.window, lanes, t, count);
+        for (int64_t i = 0; i < count; ++i) store(block + places[i], rows[i]);
       }
     }
   }

@@ -1,57 +1,66 @@
 // The block kernels of the depthwise weight gradient.
 //
-// A kernel walks along a run of neighbouring outputs of one row, one vector of channels at a time: a few gradients
-// are held in registers, every input is loaded once and multiplied into the accumulators of all taps that pair it with
-// one of them. The sums of a run go to memory, and so a chain of additions stays short.
+// A kernel walks along steps, a few neighbouring outputs each, one vector of channels at a time: their gradients are held
+// in registers, every input is loaded once and multiplied into the accumulators of all taps that pair it with one of
+// them. The sums of the steps go to memory, and so a chain of additions stays short.
 #pragma once
 
 #include "row_blocks.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-// Neighbouring taps that pair one row of the input with the row of gradients.
-struct TapRun {
-  int64_t x;          // offset of the input that output 0 pairs with the first of them
-  int64_t tap;        // its index
-  int64_t low, high;  // the columns inside the tensor, counted from the column that output 0 reads first
+constexpr int kMaxRuns = 3;  // runs of neighbouring taps that a kernel serves at once
+
+// A few neighbouring outputs of one row, and the inputs that runs of taps pair them with. Offsets are in elements.
+struct GradStep {
+  enum Size { inner, wide, narrow, single };  // inner: as many as wide, and no padding
+  Size size;
+  int64_t grad;                // the first output
+  int64_t x[kMaxRuns];         // the input that it pairs with the first tap of each run
+  uint64_t inside[kMaxRuns];   // a bit for each column from there on that lies in the tensor
+  const int64_t* ahead;        // rows of the input that outputs one row on will read first
+  int64_t column;              // the first column of them
 };
 
 template <class T>
 struct GradRow {
-  const T *x, *grad;                 // channel 0 of row 0 of the image; of output 0
+  const T *x, *grad;                 // channel 0 of an image
   int64_t x_step, x_pixel, g_pixel;  // elements between columns, between outputs in the input and in the gradient
   int64_t first, last, channels;     // channels [first, last) of `channels`; `first` begins a block
   T* sums;                           // [block][tap, then the bias][lane]; the last block ends with the last channel
   int64_t taps;
-  const TapRun* runs;
-  bool bias;             // also sum the gradient itself
-  const int64_t* ahead;  // rows that the next row of outputs will read and this one does not, as offsets from x
-  int64_t ahead_count;
-  int64_t g_ahead;  // to the next row of gradients, or 0
+  const GradStep* steps;
+  int64_t step_count;
+  int64_t tap[kMaxRuns];  // the first of each run
+  bool bias;              // also sum the gradient itself
+  int64_t ahead_count;    // of GradStep::ahead
+  int64_t g_ahead;        // to the next row of gradients, or 0
 };
 
-// kPixels outputs from output `pixel` on. `inside` has a bit for every column that lies in the tensor.
+// Pixels of the steps.
+constexpr int kGradWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kGradNarrow = 3;
+
 template <class T, int kTaps, int kStride, int kRuns, int kPixels, bool kEdge>
-DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T* grad, int64_t pixel, Vec<T>* sum,
-                                     Vec<T>& bias) {
-  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, const T* x, const T* grad, Vec<T>* sum,
+                                   Vec<T>& bias) {
   Vec<T> g[kPixels];
-  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_once(grad + (pixel + p) * row.g_pixel); });
+  grad += step.grad;
+  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_once(grad + p * row.g_pixel); });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
   if (row.g_ahead)
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-      __builtin_prefetch(grad + row.g_ahead + (pixel + p) * row.g_pixel, 0, 2);
+      __builtin_prefetch(grad + row.g_ahead + p * row.g_pixel, 0, 2);
     });
   for (int64_t i = 0; i < row.ahead_count; ++i) {
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-      __builtin_prefetch(x + row.ahead[i] + (pixel + p) * row.x_pixel, 0, 2);
+      __builtin_prefetch(x + step.ahead[i] + step.column + p * row.x_pixel, 0, 2);
     });
   }
   unroll<kRuns>([&]<int r>() __attribute__((always_inline)) {
-    const TapRun& run = row.runs[r];
-    const T* column = x + run.x + pixel * row.x_pixel;
-    const uint64_t inside = kEdge ? columns_inside(run.low, run.high, pixel * kStride) : 0;
-    unroll<kColumns>([&]<int c>() __attribute__((always_inline)) {
+    const uint64_t inside = step.inside[r];
+    if (kEdge && !inside) return;
+    const T* column = x + step.x[r];
+    unroll<(kPixels - 1) * kStride + kTaps>([&]<int c>() __attribute__((always_inline)) {
       if (kEdge && !is_inside<c>(inside)) return;
       const Vec<T> value = load_once(column + c * row.x_step);
       unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
@@ -62,57 +71,53 @@ DSCONV_INLINE void accumulate_pixels(const GradRow<T>& row, const T* x, const T*
   });
 }
 
-// The sums of kRuns runs of kTaps taps over outputs [pixel, last_pixel), of which [inner_first, inner_last) pair with no
-// padding.
+// The sums of kRuns runs of kTaps taps over all steps.
 template <class T, int kTaps, int kStride, int kRuns>
-static void grad_block(const GradRow<T>& row, int64_t pixel, int64_t last_pixel, int64_t inner_first,
-                       int64_t inner_last) {
-  constexpr int kL = kLanes<T>, kWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kNarrow = 3;
+static void grad_block(const GradRow<T>& row) {
+  constexpr int kL = kLanes<T>;
   T* sums = row.sums + row.first / kL * (row.taps + 1) * kL;
   for (int64_t next = row.first; next < row.last; next += kL, sums += (row.taps + 1) * kL) {
     const int64_t c = block_channel<T>(next, row.channels);
     const T *x = row.x + c, *grad = row.grad + c;
     Vec<T> sum[kRuns * kTaps], bias = splat(T(0));
     unroll<kRuns * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = splat(T(0)); });
-    for (int64_t p = pixel; p < last_pixel;) {
-      const int64_t left = last_pixel - p;
-      if (left >= kWide && p >= inner_first && p + kWide <= inner_last) {
-        accumulate_pixels<T, kTaps, kStride, kRuns, kWide, false>(row, x, grad, p, sum, bias);
-        p += kWide;
-      } else if (left >= kWide) {
-        accumulate_pixels<T, kTaps, kStride, kRuns, kWide, true>(row, x, grad, p, sum, bias);
-        p += kWide;
-      } else if (left >= kNarrow) {
-        accumulate_pixels<T, kTaps, kStride, kRuns, kNarrow, true>(row, x, grad, p, sum, bias);
-        p += kNarrow;
-      } else {
-        accumulate_pixels<T, kTaps, kStride, kRuns, 1, true>(row, x, grad, p, sum, bias);
-        ++p;
+    for (const GradStep *step = row.steps, *end = step + row.step_count; step != end; ++step) {
+      const auto accumulate = [&]<int pixels, bool edge>() __attribute__((always_inline)) {
+        accumulate_step<T, kTaps, kStride, kRuns, pixels, edge>(row, *step, x, grad, sum, bias);
+      };
+      switch (step->size) {
+        case GradStep::inner: accumulate.template operator()<kGradWide, false>(); break;
+        case GradStep::wide: accumulate.template operator()<kGradWide, true>(); break;
+        case GradStep::narrow: accumulate.template operator()<kGradNarrow, true>(); break;
+        case GradStep::single: accumulate.template operator()<1, true>(); break;
       }
     }
     unroll<kRuns * kTaps>([&]<int i>() __attribute__((always_inline)) {
-      T* total = sums + (row.runs[i / kTaps].tap + i % kTaps) * kL;
+      T* total = sums + (row.tap[i / kTaps] + i % kTaps) * kL;
       store(total, load(total) + sum[i]);
     });
     if (row.bias) store(sums + row.taps * kL, load(sums + row.taps * kL) + bias);
   }
 }
 
-// The block kernels of one number of taps and one stride, by the number of runs.
-constexpr int kMaxRuns = 3;
+// The block kernels of one number of taps and one stride, by the number of runs: as many as there are registers for.
 template <class T>
 struct GradKernels {
-  using Block = void (*)(const GradRow<T>&, int64_t, int64_t, int64_t, int64_t);
+  using Block = void (*)(const GradRow<T>&);
   int taps, stride;
   bool exact;  // what is left over of a row of taps is another kernel's
+  int runs;
   Block block[kMaxRuns];
 
   template <int kTaps, int kStride>
   static constexpr GradKernels make() {
-    return {kTaps,
-            kStride,
-            false,
-            {grad_block<T, kTaps, kStride, 1>, grad_block<T, kTaps, kStride, 2>, grad_block<T, kTaps, kStride, 3>}};
+    constexpr int kSums = DSCONV_VECTOR_BYTES == 64 ? 21 : 10, kFit = kSums / kTaps;
+    constexpr int kRuns = kFit < 1 ? 1 : kFit > kMaxRuns ? kMaxRuns : kFit;
+    GradKernels k{kTaps, kStride, false, kRuns, {}};
+    unroll<kRuns>([&]<int i>() __attribute__((always_inline)) {
+      k.block[i] = grad_block<T, kTaps, kStride, i + 1>;
+    });
+    return k;
   }
 };
 

@@ -15,11 +15,13 @@ struct RowsGradWeight {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
-  static constexpr int64_t kTasks = 16, kChunkBlocks = 8, kMaxChain = 32;
+  static constexpr int64_t kTasks = 16, kMaxChain = 32;
+  static constexpr int64_t kSumBytes = 16 << 10;  // of the sums of a chunk
 
   struct Plan {
     Correlation c;
-    int64_t channels, blocks, taps, rows, slabs, chunk, chunks, run;
+    int64_t channels, blocks, taps, rows, slabs, chunk, chunks;
+    int64_t run, group;  // outputs of a row, or rows, that add up in registers
     RowStage<S> x, grad;
     bool fetches;  // the next rows
   };
@@ -36,22 +38,31 @@ struct RowsGradWeight {
     plan.x.map = {plan.channels, 1, p.multiplier};
     plan.x.plane_step = w.dilation[0];
     plan.x.planes = min64(ceil_div(w.in[0], w.dilation[0]), w.taps[0]);
-    // Neighbouring rows of outputs meet different rows where there is dilation: the ring keeps those of all, if it can.
-    const int64_t reach = min64(w.in[1], (w.taps[1] - 1) * w.dilation[1] + 1);
-    const bool keep = reach * w.in[2] * kL * static_cast<int64_t>(sizeof(T)) <= kRunBytes;
-    plan.x.row_step = keep ? 1 : w.dilation[1];
-    plan.x.rows = keep ? reach : min64(ceil_div(w.in[1], w.dilation[1]), w.taps[1]);
     plan.grad.view = p.grad;
     plan.grad.map = {plan.channels, 1, 1};
-    plan.grad.planes = plan.grad.plane_step = plan.grad.rows = plan.grad.row_step = 1;
-    plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map);
-    plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map);
+    plan.grad.planes = plan.grad.plane_step = plan.grad.row_step = 1;
+    // Columns that crowd the cache are copied.
+    const bool crowded = kHasLines<S> && (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
+    plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map) && !crowded;
+    plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map) && !crowded;
+    // Neighbouring rows of outputs meet different rows where there is dilation: the ring keeps those of all, if it can.
+    plan.group = min64(w.out[1], max64(1, kChain / ceil_div(w.out[2], plan.c.phases(2))));
+    const auto reach = [&] {
+      return min64(w.in[1], (w.taps[1] - 1) * w.dilation[1] + (plan.group - 1) * w.stride[1] + 1);
+    };
+    const auto keep = [&] { return reach() * w.in[2] * kL * static_cast<int64_t>(sizeof(T)) <= kRunBytes; };
+    if (!plan.x.direct && !keep()) plan.group = 1;
+    plan.x.row_step = keep() ? 1 : w.dilation[1];
+    plan.x.rows = keep() ? reach() : min64(ceil_div(w.in[1], w.dilation[1]), w.taps[1]);
+    plan.grad.rows = plan.group;
     int64_t column = 0;  // elements per channel in the rings
     if (!plan.x.direct) column += plan.x.planes * plan.x.rows * w.in[2];
-    if (!plan.grad.direct) column += w.out[2];
-    const int64_t fit = column == 0 ? kChunkBlocks : kRingBytes / (column * kL * static_cast<int64_t>(sizeof(T)));
+    if (!plan.grad.direct) column += plan.group * w.out[2];
+    const int64_t block = kL * static_cast<int64_t>(sizeof(T)), most = max64(8, kSumBytes / ((plan.taps + 1) * block));
+    const int64_t fit = column == 0 ? most : min64(most, kRingBytes / (column * block));
     const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;
-    plan.chunk = min64(plan.blocks, min64(kChunkBlocks, max64(least, fit))) * kL;
+    plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
+    plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
     // Enough tasks for many threads, each worth one; chunks of channels first, because slabs must be added.
     const int64_t wanted = ceil_div(min64(kTasks, depthwise_flops(p) / kTaskFlops), plan.chunks);
@@ -71,8 +82,10 @@ struct RowsGradWeight {
   static int64_t slot_bytes(Plan& plan) {
     plan.x.size = plan.c.window.in;
     plan.grad.size = plan.c.window.out;
-    return piece_bytes<TapRun>(plan.taps) + piece_bytes<int64_t>(plan.taps) + plan.x.scratch() + plan.grad.scratch();
+    return piece_bytes<TapRun>(plan.taps) + piece_bytes<GradStep>(kChain) + piece_bytes<int64_t>(ahead_count(plan)) +
+           plan.x.scratch() + plan.grad.scratch();
   }
+  static int64_t ahead_count(const Plan& plan) { return plan.group * plan.c.window.taps[0] * plan.c.window.taps[1]; }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     Plan plan = plan_of(p);
@@ -81,23 +94,15 @@ struct RowsGradWeight {
     T* partial = take<T>(arena, plan.slabs * slab_sums(plan));
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
-      TapRun* runs = take<TapRun>(own, plan.taps);
-      int64_t* ahead = take<int64_t>(own, plan.taps);
-      RowStage<S> x = plan.x, grad = plan.grad;
-      x.take_scratch(own);
-      grad.take_scratch(own);
+      Worker worker(p, plan, own);
       for (; task < end; ++task) {
-        const int64_t slab = task / plan.chunks, chunk = task % plan.chunks;
-        GradRow<T> row{};
-        row.channels = plan.channels;
-        row.first = chunk * plan.chunk;
-        row.last = min64(row.first + plan.chunk, plan.channels);
-        row.taps = plan.taps;
-        row.sums = partial + slab * slab_sums(plan);
-        memset(row.sums + row.first * (plan.taps + 1), 0,
-               ceil_div(row.last - row.first, kL) * kL * (plan.taps + 1) * sizeof(T));
-        for (int64_t r = plan.rows * slab / plan.slabs; r < plan.rows * (slab + 1) / plan.slabs; ++r)
-          add_row(p, plan, row, x, grad, r, runs, ahead);
+        const int64_t slab = task / plan.chunks, height = plan.c.window.out[1];
+        worker.begin(task % plan.chunks, partial + slab * slab_sums(plan));
+        const int64_t last = plan.rows * (slab + 1) / plan.slabs;
+        for (int64_t r = plan.rows * slab / plan.slabs, count; r < last; r += count) {
+          count = min64(plan.group, min64(last - r, height - r % height));
+          worker.add_rows(r, count);
+        }
       }
     };
     const int64_t tasks = plan.slabs * plan.chunks;
@@ -105,100 +110,163 @@ struct RowsGradWeight {
     finish(p, plan, partial);
   }
 
-  // The runs of `length` taps that lie in taps [first, last) of phase x, in every row of taps that meets output row (d, h).
-  static int64_t list_runs(const Window& w, RowStage<S>& in, int64_t d, int64_t h, const Phase& x, int64_t first,
-                           int64_t last, int64_t length, int64_t unit, TapRun* runs) {
-    const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(w.in[2] - x.in_first, x.tap_step);
-    const int64_t step = x.tap_step * in.column();
-    int64_t count = 0;
-    for (int64_t u = 0; u < w.taps[0]; ++u) {
-      const int64_t z = d * w.stride[0] - w.pad[0] + u * w.dilation[0];
-      if (z < 0 || z >= w.in[0]) continue;
-      for (int64_t v = 0; v < w.taps[1]; ++v) {
-        const int64_t y = h * w.stride[1] - w.pad[1] + v * w.dilation[1];
-        if (y < 0 || y >= w.in[1]) continue;
-        const int64_t offset = in.row(0, z, y) + x.in_first * in.column();
-        for (int64_t t = first; t < last; t += length) {
-          runs[count++] = {offset + t * step, (u * w.taps[1] + v) * w.taps[2] + t, ceil_of(low - t, unit),
-                           ceil_of(high - t, unit)};
+  // Neighbouring taps from tap t on of row v in plane u.
+  struct TapRun {
+    int64_t u, v, t;
+  };
+
+  // One thread's lists and rings, and the rows it adds with them.
+  struct Worker {
+    const Plan& plan;
+    const Window& w;
+    GradRow<T> row{};
+    RowStage<S> x, grad;
+    TapRun* runs;
+    GradStep* steps;
+    int64_t* ahead;
+    bool has_bias;
+
+    Worker(const DepthwiseProblem& p, const Plan& plan, Arena& own)
+        : plan(plan), w(p.window), x(plan.x), grad(plan.grad), has_bias(p.grad_bias.data != nullptr) {
+      runs = take<TapRun>(own, plan.taps);
+      steps = take<GradStep>(own, kChain);
+      ahead = take<int64_t>(own, ahead_count(plan));
+      x.take_scratch(own);
+      grad.take_scratch(own);
+      row.channels = plan.channels;
+      row.taps = plan.taps;
+      row.steps = steps;
+    }
+
+    void begin(int64_t chunk, T* sums) {
+      row.first = chunk * plan.chunk;
+      row.last = min64(row.first + plan.chunk, plan.channels);
+      row.sums = sums;
+      memset(sums + row.first * (plan.taps + 1), 0,
+             ceil_div(row.last - row.first, kL) * kL * (plan.taps + 1) * sizeof(T));
+    }
+
+    // The row of the input that output row h of plane d meets with tap row v of plane u; false if it lies outside.
+    bool meets(int64_t d, int64_t h, int64_t u, int64_t v, int64_t& z, int64_t& y) const {
+      z = d * w.stride[0] - w.pad[0] + u * w.dilation[0];
+      y = h * w.stride[1] - w.pad[1] + v * w.dilation[1];
+      return z >= 0 && z < w.in[0] && y >= 0 && y < w.in[1];
+    }
+
+    // Adds `count` rows of outputs, of one plane, from row r on: all phases and taps.
+    void add_rows(int64_t r, int64_t count) {
+      const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
+      const int64_t base = block_channel<T>(row.first, plan.channels);
+      x.begin(image, base);
+      grad.begin(image, base);
+      row.x = static_cast<const T*>(x.at(0));
+      row.grad = static_cast<const T*>(grad.at(0));
+      const int64_t ahead_count = plan.fetches && x.direct ? list_ahead(d, h, count) : 0;
+      for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+        const Phase phase = plan.c.phase(2, i);
+        if (phase.count == 0) break;
+        const GradKernels<T>&kernels = grad_kernels<T>(phase.taps, phase.apart), &singles = grad_kernels<T>(1, 1);
+        row.x_pixel = phase.in_step * x.column();
+        row.g_pixel = phase.out_step * grad.column();
+        const int64_t whole = kernels.taps > 1 ? phase.taps / kernels.taps * kernels.taps : 0;
+        const int64_t run = count > 1 ? phase.count : plan.run;
+        for (int64_t n = 0; n < phase.count; n += run) {
+          const int64_t end = min64(n + run, phase.count);
+          row.bias = has_bias;
+          row.ahead_count = ahead_count;
+          row.g_ahead = plan.fetches && grad.direct ? plan.grad.view.stride[3] : 0;
+          const auto add = [&](const GradKernels<T>& k, int64_t run_count) {
+            row.x_step = k.stride == phase.apart ? phase.tap_step * x.column() : row.x_pixel;
+            for (int64_t done = 0, size; done < run_count; done += size) {
+              size = ceil_div(run_count - done, ceil_div(run_count - done, k.runs));
+              list_steps(phase, k, d, h, count, n, end, runs + done, size);
+              k.block[size - 1](row);
+              row.bias = false;
+              row.ahead_count = row.g_ahead = 0;
+            }
+          };
+          if (whole > 0) add(kernels, list_runs(d, h, count, 0, whole, kernels.taps));
+          if (whole < phase.taps) add(singles, list_runs(d, h, count, whole, phase.taps, 1));
+          if (row.bias) {  // no tap meets the rows
+            runs[0] = {0, 0, 0};
+            add(singles, 1);
+          }
         }
       }
     }
-    return count;
-  }
 
-  // The rows of the input that output row (d, h) meets and the ones before it have not.
-  static int64_t list_ahead(const Window& w, RowStage<S>& in, int64_t d, int64_t h, int64_t* list) {
-    int64_t count = 0;
-    for (int64_t u = 0; u < w.taps[0]; ++u) {
-      const int64_t z = d * w.stride[0] - w.pad[0] + u * w.dilation[0];
-      if (z < 0 || z >= w.in[0]) continue;
-      for (int64_t v = max64(0, w.taps[1] - max64(1, w.stride[1] / w.dilation[1])); v < w.taps[1]; ++v) {
-        const int64_t y = h * w.stride[1] - w.pad[1] + v * w.dilation[1];
-        if (y >= 0 && y < w.in[1]) list[count++] = in.row(0, z, y);
+    // The runs of `length` taps that lie in taps [first, last) and meet one of the rows; returns how many.
+    int64_t list_runs(int64_t d, int64_t h, int64_t count, int64_t first, int64_t last, int64_t length) {
+      TapRun* next = runs;
+      for (int64_t u = 0; u < w.taps[0]; ++u) {
+        for (int64_t v = 0; v < w.taps[1]; ++v) {
+          bool met = false;
+          for (int64_t q = 0, z, y; q < count; ++q) met |= meets(d, h + q, u, v, z, y);
+          for (int64_t t = first; met && t < last; t += length) *next++ = {u, v, t};
+        }
       }
+      return next - runs;
     }
-    return count;
-  }
 
-  // One row of outputs: all phases and taps.
-  static void add_row(const DepthwiseProblem& p, const Plan& plan, GradRow<T>& row, RowStage<S>& in, RowStage<S>& grad,
-                      int64_t r, TapRun* runs, int64_t* ahead) {
-    const Window& w = p.window;
-    const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
-    const int64_t base = block_channel<T>(row.first, plan.channels);
-    in.begin(image, base);
-    grad.begin(image, base);
-    row.x = static_cast<const T*>(in.at(0));
-    const T* gradients = static_cast<const T*>(grad.at(grad.row(0, d, h)));
-    const bool more = plan.fetches && h + 1 < w.out[1];
-    const int64_t ahead_count = more && in.direct ? list_ahead(w, in, d, h + 1, ahead) : 0;
-    row.ahead = ahead;
-    for (int64_t i = 0; i < plan.c.phases(2); ++i) {
-      const Phase x = plan.c.phase(2, i);
-      if (x.count == 0) break;
-      const int64_t apart = x.apart;
-      const GradKernels<T>&kernels = grad_kernels<T>(x.taps, apart), &singles = grad_kernels<T>(1, 1);
-      row.grad = gradients + x.out_first * grad.column();
-      row.g_pixel = x.out_step * grad.column();
-      row.x_pixel = x.in_step * in.column();
-      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(w.in[2] - x.in_first, x.tap_step);
-      const int64_t inner_first = ceil_of(low, apart), inner_last = floor_of(high - x.taps, apart) + 1;
-      const int64_t whole = kernels.taps > 1 ? x.taps / kernels.taps * kernels.taps : 0;
-      for (int64_t n = 0; n < x.count; n += plan.run) {
-        const int64_t end = min64(n + plan.run, x.count);
-        row.bias = p.grad_bias.data != nullptr;
-        row.ahead_count = ahead_count;
-        row.g_ahead = more && grad.direct ? p.grad.stride[3] : 0;
-        auto run = [&](const GradKernels<T>& k, int64_t count) {
-          for (int64_t done = 0; done < count;) {
-            const int64_t size = ceil_div(count - done, ceil_div(count - done, kMaxRuns));
-            row.runs = runs + done;
-            k.block[size - 1](row, n, end, inner_first, inner_last);
-            row.bias = false;
-            row.ahead_count = row.g_ahead = 0;
-            done += size;
+    // The steps along outputs [begin, end) of `count` rows, for `run_count` runs.
+    void list_steps(const Phase& phase, const GradKernels<T>& k, int64_t d, int64_t h, int64_t count, int64_t begin,
+                    int64_t end, const TapRun* run, int64_t run_count) {
+      const int64_t unit = k.stride == phase.apart ? 1 : phase.apart;
+      const int64_t low = ceil_of(-phase.in_first, phase.tap_step);
+      const int64_t high = ceil_of(w.in[2] - phase.in_first, phase.tap_step);
+      int64_t lows[kMaxRuns], highs[kMaxRuns], inner_first = 0, inner_last = end;
+      for (int64_t i = 0; i < run_count; ++i) {
+        lows[i] = ceil_of(low - run[i].t, unit);
+        highs[i] = ceil_of(high - run[i].t, unit);
+        inner_first = max64(inner_first, ceil_of(lows[i], k.stride));
+        inner_last = min64(inner_last, floor_of(highs[i] - k.taps, k.stride) + 1);
+        row.tap[i] = (run[i].u * w.taps[1] + run[i].v) * w.taps[2] + run[i].t;
+      }
+      GradStep* step = steps;
+      for (int64_t q = 0; q < count; ++q) {
+        int64_t offset[kMaxRuns];
+        bool met[kMaxRuns], all_met = true;
+        for (int64_t i = 0, z, y; i < run_count; ++i) {
+          all_met &= met[i] = meets(d, h + q, run[i].u, run[i].v, z, y);
+          offset[i] = (phase.in_first + run[i].t * phase.tap_step) * x.column() + (met[i] ? x.row(0, z, y) : 0);
+        }
+        const int64_t g = grad.row(0, d, h + q) + phase.out_first * grad.column();
+        for (int64_t n = begin, pixels; n < end; n += pixels, ++step) {
+          const int64_t left = end - n;
+          const bool wide = left >= kGradWide && left != 2 * kGradNarrow;
+          pixels = wide ? kGradWide : left >= kGradNarrow ? kGradNarrow : 1;
+          step->grad = g + n * row.g_pixel;
+          step->column = n * row.x_pixel;
+          step->ahead = ahead + q * row.ahead_count;
+          for (int64_t i = 0; i < run_count; ++i) step->x[i] = offset[i] + n * row.x_pixel;
+          if (wide && all_met && n >= inner_first && n + pixels <= inner_last) {
+            step->size = GradStep::inner;
+            continue;
           }
-        };
-        row.x_step = x.tap_step * in.column();
-        if (whole > 0) run(kernels, list_runs(w, in, d, h, x, 0, whole, kernels.taps, 1, runs));
-        row.x_step = row.x_pixel;
-        if (whole < x.taps) run(singles, list_runs(w, in, d, h, x, whole, x.taps, 1, apart, runs));
-        if (row.bias) sum_gradient(row, n, end);
+          step->size = wide ? GradStep::wide : left >= kGradNarrow ? GradStep::narrow : GradStep::single;
+          for (int64_t i = 0; i < run_count; ++i)
+            step->inside[i] = met[i] ? columns_inside(lows[i], highs[i], n * k.stride) : 0;
+        }
       }
+      row.step_count = step - steps;
     }
-  }
 
-  // The bias alone, where no tap meets the row.
-  static void sum_gradient(const GradRow<T>& row, int64_t pixel, int64_t last_pixel) {
-    T* sums = row.sums + row.first * (row.taps + 1) + row.taps * kL;
-    for (int64_t next = row.first; next < row.last; next += kL, sums += (row.taps + 1) * kL) {
-      const T* grad = row.grad + block_channel<T>(next, row.channels);
-      Vec<T> sum = splat(T(0));
-      for (int64_t n = pixel; n < last_pixel; ++n) sum += load(grad + n * row.g_pixel);
-      store(sums, load(sums) + sum);
+    // The rows of the input that the row after each of `count` meets first; returns how many each has. They need not exist:
+    // nothing but a prefetch follows.
+    int64_t list_ahead(int64_t d, int64_t h, int64_t count) {
+      const int64_t first = max64(0, w.taps[1] - max64(1, w.stride[1] / w.dilation[1]));
+      int64_t* next = ahead;
+      for (int64_t q = 1; q <= count; ++q) {
+        for (int64_t u = 0, z, y; u < w.taps[0]; ++u) {
+          for (int64_t v = first; v < w.taps[1]; ++v) {
+            meets(d, h + q, u, v, z, y);
+            *next++ = x.row(0, z, y);
+          }
+        }
+      }
+      return (next - ahead) / count;
     }
-  }
+  };
 
   // Adds the slabs in their order and writes the gradients.
   static void finish(const DepthwiseProblem& p, const Plan& plan, const T* partial) {

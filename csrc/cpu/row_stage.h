@@ -167,7 +167,8 @@ template <class S, class T = Compute<S>>
 static void load_taps(Vec<T>* rows, const S* filters, const View& weight, int64_t filter_stride, const Window& w,
                       int64_t lanes, int64_t tap, int64_t count) {
   constexpr int kL = kLanes<T>;
-  if (has_dense_taps(weight, w)) {
+  const bool dense = has_dense_taps(weight, w);
+  if (dense && count > kL / 4) {  // fewer are not worth a transpose
     unroll<kL>([&]<int l>() __attribute__((always_inline)) {
       rows[l] = l < lanes ? load_part<S>(filters + l * filter_stride + tap, count) : splat(T(0));
     });
@@ -176,7 +177,7 @@ static void load_taps(Vec<T>* rows, const S* filters, const View& weight, int64_
   }
   for (int64_t i = 0; i < count; ++i) {
     T values[kL] = {};
-    const S* at = filters + tap_offset(weight, w, tap + i);
+    const S* at = filters + (dense ? tap + i : tap_offset(weight, w, tap + i));
     for (int64_t l = 0; l < lanes; ++l) values[l] = widen(at[l * filter_stride]);
     rows[i] = load(values);
   }
@@ -186,7 +187,8 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
                        int64_t count) {
   constexpr int kL = kLanes<T>;
   const int64_t stride = weight.stride[0];
-  if (has_dense_taps(weight, w)) {
+  const bool dense = has_dense_taps(weight, w);
+  if (dense && count > kL / 4) {
     transpose<T>(rows);
     unroll<kL>([&]<int l>() __attribute__((always_inline)) {
       if (l < lanes) store_part<S>(filters + l * stride + tap, rows[l], count);
@@ -196,7 +198,8 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
   for (int64_t i = 0; i < count; ++i) {
     T values[kL];
     store(values, rows[i]);
-    for (int64_t l = 0; l < lanes; ++l) narrow(values[l], filters + l * stride + tap_offset(weight, w, tap + i));
+    S* to = filters + (dense ? tap + i : tap_offset(weight, w, tap + i));
+    for (int64_t l = 0; l < lanes; ++l) narrow(values[l], to + l * stride);
   }
 }
 
