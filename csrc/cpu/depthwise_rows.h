@@ -1,6 +1,7 @@
 // Depthwise correlation by rows of columns: the forward pass and the input gradient.
 #pragma once
 
+#include "cell_blocks.h"
 #include "kernel_of.h"
 #include "phases.h"
 #include "row_blocks.h"
@@ -57,6 +58,7 @@ template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
+  static constexpr int kMostOutputs = max64(BlockKernels<T>::kLong, 2 * CellKernels<T>::kWide);  // of a block
   // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
   static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
 
@@ -70,6 +72,7 @@ struct Rows {
     Delivery delivery;
     bool streamed, by_lines;
     bool fetches;  // rows ahead: where the cache is near, that costs more than it saves
+    const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
@@ -113,9 +116,11 @@ struct Rows {
     if (copied) in.direct = false;
     plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 
-    plan.pairs = ceil_div(ceil_div(target[1], plan.c.phases(1)), 2);
+    plan.cells = cells_of(p, plan);
+    const int64_t phases = plan.cells ? 1 : plan.c.phases(1);
+    plan.pairs = ceil_div(ceil_div(target[1], phases), 2);
     plan.group = 1;
-    if (plan.delivery == Delivery::rows && plan.streamed && plan.c.phases(1) == 1)
+    if (plan.delivery == Delivery::rows && plan.streamed && phases == 1)
       plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
@@ -129,13 +134,31 @@ struct Rows {
     plan.rows = plan.parts * w.taps[0] * (w.taps[1] + min64(w.taps[1], w.stride[1]));
     plan.segments = plan.rows * w.taps[2];
     plan.groups = max64(1, plan.rows * ceil_div(w.taps[2], kChain / 2));
-    plan.y_phases = min64(plan.c.phases(1), target[1]);  // the others are empty
+    plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * ceil_div(plan.pairs, plan.group);
     return plan;
   }
+  static const CellKernels<T>* cells_of(const DepthwiseProblem& p, const Plan& plan) {
+    const Window& w = p.window;
+    const bool square = w.taps[0] == 1 && w.stride[0] == 1 && w.taps[1] == w.taps[2] && w.pad[1] % 2 == w.pad[2] % 2;
+    const bool plain = w.stride[1] == 2 && w.stride[2] == 2 && w.dilation[1] == 1 && w.dilation[2] == 1;
+    if (!kTransposed || plan.parts > 1 || !square || !plain) return nullptr;
+    if constexpr (kWidens) {
+      if (plan.in.direct) return cell_kernels<S>(w.taps[1], w.pad[1] % 2);
+    }
+    return cell_kernels<T>(w.taps[1], w.pad[1] % 2);
+  }
+  // The rows of outputs of phase `index`; with cells, all.
+  static Phase output_rows(const Plan& plan, int64_t index) {
+    if (!plan.cells) return plan.c.phase(1, index);
+    Phase all{};
+    all.count = plan.c.target()[1];
+    all.out_step = 1;
+    return all;
+  }
   static int64_t output_columns(const Plan& plan) {
     if (plan.delivery == Delivery::direct) return 0;
-    return plan.delivery == Delivery::rows ? 2 * plan.group * plan.c.target()[2] : BlockKernels<T>::kLong;
+    return plan.delivery == Delivery::rows ? 2 * plan.group * plan.c.target()[2] : kMostOutputs;
   }
   static int64_t output_count(const Plan& plan) {
     return plan.delivery == Delivery::direct ? 0 : output_columns(plan) * plan.chunk + kL;
@@ -362,6 +385,39 @@ struct Rows {
         kernels.run(kernels.rows[count - 1], row, begin, end, inside_first, inside_last);
       }
     }
+
+    // Rows [n, n + count) of outputs in depth d, of all phases.
+    template <class Output>
+    void compute_cells(int64_t d, int64_t n, int count, Output* to, int64_t row_step, int64_t column) {
+      if (count == 1) {  // half a cell
+        const int64_t phases = plan.c.phases(1), width = plan.c.target()[2];
+        return compute(d, plan.c.phase(1, n % phases), n / phases, 1, 0, width, to, row_step, column);
+      }
+      const CellKernels<T>& kernels = *plan.cells;
+      const auto& size = plan.c.source();
+      const int64_t *pad = plan.c.window.pad, depth = d + pad[0];
+      const int64_t top = n / 2 + pad[1] / 2 + kernels.first, left = pad[2] / 2 + kernels.first;
+      WindowRows& window = row.window;
+      window.low = -left;
+      window.high = size[2] - left;
+      window.inside = 0;
+      for (int64_t q = 0; q < kernels.inputs; ++q) {
+        const int64_t h = top + q;
+        const bool inside = depth >= 0 && depth < size[0] && h >= 0 && h < size[1];
+        window.x[q] = inside ? in.row(0, depth, h) : 0;
+        window.inside |= uint64_t{inside} << q;
+      }
+      const bool fetches = plan.fetches && depth < size[0] && top + kernels.inputs < size[1];
+      if (fetches) ahead[0] = in.row(0, depth, top + kernels.inputs);
+      row.ahead_count = fetches;
+      row.fetch = in.at(0);
+      row.x = in.at(left * in.column());
+      row.x_pixel = row.x_step = in.column();
+      row.y = to;
+      row.y_row = row_step;
+      row.y_pixel = column;
+      kernels.run(row, plan.c.target()[2], window.inside + 1 == uint64_t{1} << kernels.inputs);
+    }
   };
 
   // `rows` rows of outputs, [row][column][channel of the chunk], channels [base, last), to where they belong.
@@ -401,7 +457,7 @@ struct Rows {
         const int64_t first = 2 * plan.group * (at % groups), y_phase = (at /= groups) % plan.y_phases;
         const int64_t chunk = (at /= plan.y_phases) % plan.chunks;
         const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
-        const Phase y = plan.c.phase(1, y_phase);
+        const Phase y = output_rows(plan, y_phase);
         const int64_t last = min64(first + 2 * plan.group, y.count);
         if (first >= last) continue;
         worker.begin(image, chunk);
@@ -409,12 +465,16 @@ struct Rows {
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + first * y.out_step) * to.stride[3];
         for (int64_t n = first; n < last; n += 2) {
-          const int rows = static_cast<int>(min64(2, last - n));
+          const auto compute = [&](auto* to, int64_t row_step, int64_t column) {
+            const int rows = static_cast<int>(min64(2, last - n));
+            if (plan.cells) return worker.compute_cells(d, n, rows, to, row_step, column);
+            worker.compute(d, y, n, rows, 0, width, to, row_step, column);
+          };
           if (plan.delivery == Delivery::rows) {
             T* row = outputs + (n - first) * width * plan.chunk - worker.in.base;
-            worker.compute(d, y, n, rows, 0, width, row, width * plan.chunk, plan.chunk);
+            compute(row, width * plan.chunk, plan.chunk);
           } else {
-            worker.compute(d, y, n, rows, 0, width, target, row_step, to.stride[4]);
+            compute(target, row_step, to.stride[4]);
           }
         }
         if (plan.delivery == Delivery::rows) {
