@@ -58,6 +58,7 @@ template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
+  static constexpr int64_t kTasks = 64;
   static constexpr int kMostOutputs = max64(BlockKernels<T>::kLong, 2 * CellKernels<T>::kWide);  // of a block
   // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
   static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
@@ -71,7 +72,7 @@ struct Rows {
     RowStage<S> in;
     Delivery delivery;
     bool streamed, by_lines;
-    bool fetches;  // rows ahead: where the cache is near, that costs more than it saves
+    bool fetches;                 // rows ahead: where the cache is near, that costs more than it saves
     const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
@@ -125,7 +126,11 @@ struct Rows {
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
     const int64_t ring = copied ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
-    const int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
+    int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
+    plan.y_phases = min64(phases, target[1]);  // the others are empty
+    plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
+    const int64_t shares = ceil_div(wanted_tasks(2 * depthwise_flops(p), kTasks), max64(plan.tasks, 1));
+    fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
@@ -134,8 +139,7 @@ struct Rows {
     plan.rows = plan.parts * w.taps[0] * (w.taps[1] + min64(w.taps[1], w.stride[1]));
     plan.segments = plan.rows * w.taps[2];
     plan.groups = max64(1, plan.rows * ceil_div(w.taps[2], kChain / 2));
-    plan.y_phases = min64(phases, target[1]);  // the others are empty
-    plan.tasks = p.batch * target[0] * plan.chunks * plan.y_phases * ceil_div(plan.pairs, plan.group);
+    plan.tasks *= plan.chunks;
     return plan;
   }
   static const CellKernels<T>* cells_of(const DepthwiseProblem& p, const Plan& plan) {

@@ -51,18 +51,19 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   }
 }
 
-template <class T, class Y, int kRows>
+// kAcross: the rows of A are columns in memory, element (r, k) at a[k * lda + r].
+template <class T, class Y, int kRows, bool kAcross>
 static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T, Y>& e,
                           int64_t first) {
   constexpr int kL = kLanes<T>;
   Vec<T> acc[2 * kRows];
   unroll<2 * kRows>([&]<int i>()
                         __attribute__((always_inline)) { acc[i] = e.bias ? load(e.bias + i % 2 * kL) : splat(T(0)); });
-  a += first * lda;
+  a += kAcross ? first : first * lda;
   for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> b0 = load(panel + k * kPanel<T>), b1 = load(panel + k * kPanel<T> + kL);
     unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
-      const Vec<T> s = splat(a[r * lda + k]);
+      const Vec<T> s = splat(kAcross ? a[k * lda + r] : a[r * lda + k]);
       acc[2 * r] += s * b0;
       acc[2 * r + 1] += s * b1;
     });
@@ -70,25 +71,25 @@ static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth
   finish_rows<kRows, 2>(acc, e, first);
 }
 
-template <class T, class Y>
+template <bool kAcross = false, class T, class Y>
 static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth,
                            const Epilogue<T, Y>& e) {
   using Block = void (*)(const T*, int64_t, const T*, int64_t, const Epilogue<T, Y>&, int64_t);
   static constexpr Block kBlocks[] = {
       nullptr,
-      multiply_rows<T, Y, 1>,
-      multiply_rows<T, Y, 2>,
-      multiply_rows<T, Y, 3>,
-      multiply_rows<T, Y, 4>,
-      multiply_rows<T, Y, 5>,
-      multiply_rows<T, Y, 6>,
+      multiply_rows<T, Y, 1, kAcross>,
+      multiply_rows<T, Y, 2, kAcross>,
+      multiply_rows<T, Y, 3, kAcross>,
+      multiply_rows<T, Y, 4, kAcross>,
+      multiply_rows<T, Y, 5, kAcross>,
+      multiply_rows<T, Y, 6, kAcross>,
 #if DSCONV_VECTOR_BYTES == 64
-      multiply_rows<T, Y, 7>,
-      multiply_rows<T, Y, 8>,
-      multiply_rows<T, Y, 9>,
-      multiply_rows<T, Y, 10>,
-      multiply_rows<T, Y, 11>,
-      multiply_rows<T, Y, 12>,
+      multiply_rows<T, Y, 7, kAcross>,
+      multiply_rows<T, Y, 8, kAcross>,
+      multiply_rows<T, Y, 9, kAcross>,
+      multiply_rows<T, Y, 10, kAcross>,
+      multiply_rows<T, Y, 11, kAcross>,
+      multiply_rows<T, Y, 12, kAcross>,
 #endif
   };
   int64_t done = 0;

@@ -15,11 +15,11 @@ constexpr int kMaxRuns = 3;  // runs of neighbouring taps that a kernel serves a
 struct GradStep {
   enum Size { inner, wide, narrow, single };  // inner: as many as wide, and no padding
   Size size;
-  int64_t grad;                // the first output
-  int64_t x[kMaxRuns];         // the input that it pairs with the first tap of each run
-  uint64_t inside[kMaxRuns];   // a bit for each column from there on that lies in the tensor
-  const int64_t* ahead;        // rows of the input that outputs one row on will read first
-  int64_t column;              // the first column of them
+  int64_t grad;               // the first output
+  int64_t x[kMaxRuns];        // the input that it pairs with the first tap of each run
+  uint64_t inside[kMaxRuns];  // a bit for each column from there on that lies in the tensor
+  const int64_t* ahead;       // rows of the input that outputs one row on will read first
+  int64_t column;             // the first column of them
 };
 
 template <class T>
@@ -114,9 +114,7 @@ struct GradKernels {
     constexpr int kSums = DSCONV_VECTOR_BYTES == 64 ? 21 : 10, kFit = kSums / kTaps;
     constexpr int kRuns = kFit < 1 ? 1 : kFit > kMaxRuns ? kMaxRuns : kFit;
     GradKernels k{kTaps, kStride, false, kRuns, {}};
-    unroll<kRuns>([&]<int i>() __attribute__((always_inline)) {
-      k.block[i] = grad_block<T, kTaps, kStride, i + 1>;
-    });
+    unroll<kRuns>([&]<int i>() __attribute__((always_inline)) { k.block[i] = grad_block<T, kTaps, kStride, i + 1>; });
     return k;
   }
 };

@@ -41,11 +41,36 @@ struct RowsGradWeight {
     plan.grad.view = p.grad;
     plan.grad.map = {plan.channels, 1, 1};
     plan.grad.planes = plan.grad.plane_step = plan.grad.row_step = 1;
-    // Columns that crowd the cache are copied.
     const bool crowded = kHasLines<S> && (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
     plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map) && !crowded;
     plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map) && !crowded;
-    // Neighbouring rows of outputs meet different rows where there is dilation: the ring keeps those of all, if it can.
+    int64_t column = plan_rings(plan), ring = crowded ? kCrowdedRingBytes : kRingBytes;
+    if (crowded && column * kBlockBytes > ring) {  // the copies would crowd the cache too
+      plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map);
+      plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map);
+      column = plan_rings(plan);
+      ring = kRingBytes;
+    }
+    const int64_t block = kL * static_cast<int64_t>(sizeof(T)), most = max64(8, kSumBytes / ((plan.taps + 1) * block));
+    const int64_t fit = column == 0 ? most : min64(most, ring / (column * block));
+    const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;
+    plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
+    plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
+    plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
+    // Enough tasks for many threads, each worth one; chunks of channels first, because slabs must be added.
+    const int64_t wanted = ceil_div(wanted_tasks(depthwise_flops(p), kTasks), plan.chunks);
+    // And no long chain of row sums, which would lose the accuracy of the sums within the rows.
+    const int64_t chains = min64(kTasks, ceil_div(plan.rows, kMaxChain));
+    plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
+    plan.x.lanes = plan.grad.lanes = plan.chunk;
+    const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
+    plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
+    return plan;
+  }
+  // How many rows the rings keep; returns their elements per channel. Neighbouring rows of outputs meet different rows where
+  // there is dilation: the ring keeps those of all, if it can.
+  static int64_t plan_rings(Plan& plan) {
+    const Window& w = plan.c.window;
     plan.group = min64(w.out[1], max64(1, kChain / ceil_div(w.out[2], plan.c.phases(2))));
     const auto reach = [&] {
       return min64(w.in[1], (w.taps[1] - 1) * w.dilation[1] + (plan.group - 1) * w.stride[1] + 1);
@@ -55,24 +80,7 @@ struct RowsGradWeight {
     plan.x.row_step = keep() ? 1 : w.dilation[1];
     plan.x.rows = keep() ? reach() : min64(ceil_div(w.in[1], w.dilation[1]), w.taps[1]);
     plan.grad.rows = plan.group;
-    int64_t column = 0;  // elements per channel in the rings
-    if (!plan.x.direct) column += plan.x.planes * plan.x.rows * w.in[2];
-    if (!plan.grad.direct) column += plan.group * w.out[2];
-    const int64_t block = kL * static_cast<int64_t>(sizeof(T)), most = max64(8, kSumBytes / ((plan.taps + 1) * block));
-    const int64_t fit = column == 0 ? most : min64(most, kRingBytes / (column * block));
-    const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;
-    plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
-    plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
-    plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
-    // Enough tasks for many threads, each worth one; chunks of channels first, because slabs must be added.
-    const int64_t wanted = ceil_div(min64(kTasks, depthwise_flops(p) / kTaskFlops), plan.chunks);
-    // And no long chain of row sums, which would lose the accuracy of the sums within the rows.
-    const int64_t chains = min64(kTasks, ceil_div(plan.rows, kMaxChain));
-    plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
-    plan.x.lanes = plan.grad.lanes = plan.chunk;
-    const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
-    plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
-    return plan;
+    return (plan.x.direct ? 0 : plan.x.planes * plan.x.rows * w.in[2]) + (plan.grad.direct ? 0 : plan.group * w.out[2]);
   }
   static int64_t slab_sums(const Plan& plan) { return plan.blocks * (plan.taps + 1) * kL; }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {

@@ -199,7 +199,7 @@ struct Planes {
 
   // Of a plane, to be worked on at the same time.
   static int64_t tiles(const DepthwiseProblem& p, const Plan& plan) {
-    const int64_t wanted = min64(kTasks, depthwise_flops(p) / kTaskFlops), planes = p.batch * plan.channels;
+    const int64_t wanted = wanted_tasks(depthwise_flops(p), kTasks), planes = p.batch * plan.channels;
     return max64(1, min64(ceil_div(wanted, max64(planes, 1)), plan.c.target()[1] / kTileRows));
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int) {

@@ -10,6 +10,7 @@ namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kRowElements = 64 * 1024;  // A rows of one task: stay in L2 beside the panels
 constexpr int64_t kMaxTaskRows = 192;
+constexpr int64_t kPackFlops = 8;  // that packing a weight is worth
 
 DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
   return 2 * numel(p.batch, p.in_channels, p.size) * p.out_channels;
@@ -19,6 +20,10 @@ DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
 DSCONV_INLINE TilePlan plan_rows(const int64_t (&size)[3], int64_t depth) {
   const int64_t rows = max64(8, min64(kMaxTaskRows, kRowElements / depth));
   return plan_tiles(size, rows);
+}
+// Tasks are cut into their panels where threads would have too few for equal shares.
+DSCONV_INLINE int64_t panels_apart(const Runtime& runtime, int64_t tasks, int64_t panels) {
+  return runtime.threads > 1 && tasks < 8 * runtime.threads && panels >= 4 ? panels : 1;
 }
 // Row stride of A, whole cache lines: not a multiple of 256 bytes, which would put a column of rows into few cache sets.
 template <class A>
@@ -74,16 +79,10 @@ struct VectorProduct {
   static void end() {}
 
   static int64_t panel_values(int64_t depth) { return kColumns * depth; }
-  // Weights [K, C] (any strides) as panels [K / kColumns][C][kColumns]; columns past K are zero.
-  static void pack(T* packed, const View& weight, int64_t out_channels, int64_t in_channels) {
-    for (int64_t first = 0; first < out_channels; first += kColumns) {
-      const int64_t columns = min64(kColumns, out_channels - first);
-      const S* source = static_cast<const S*>(weight.data) + first * weight.stride[0];
-      for (int64_t c = 0; c < in_channels; ++c, packed += kColumns) {
-        for (int64_t k = 0; k < columns; ++k) packed[k] = widen(source[k * weight.stride[0] + c * weight.stride[1]]);
-        for (int64_t k = columns; k < kColumns; ++k) packed[k] = T(0);
-      }
-    }
+  // Outputs [first, first + kColumns) of the weights [K, C] (any strides) as a panel [C][kColumns]; columns past K are zero.
+  static void pack(T* panel, const View& weight, int64_t out_channels, int64_t in_channels, int64_t first) {
+    RowCopy<S>::gather(panel, kColumns, static_cast<const S*>(weight.data), {out_channels, 1, 1}, first, 0,
+                       weight.stride[0], weight.stride[1], in_channels, 0);
   }
 
   static void clear_tails(T*, int64_t, int64_t, int64_t) {}
@@ -102,14 +101,20 @@ struct ProductBuffers {
   using T = typename Product::T;
   using A = typename Product::A;
 
-  static int64_t packed_values(const PointwiseProblem& p) {
-    return ceil_div(p.out_channels, Product::kColumns) * Product::panel_values(p.in_channels);
+  static int64_t panels(const PointwiseProblem& p) { return ceil_div(p.out_channels, Product::kColumns); }
+  static int64_t packed_values(const PointwiseProblem& p) { return panels(p) * Product::panel_values(p.in_channels); }
+  static void pack(A* packed, const PointwiseProblem& p, int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      Product::pack(packed + panel * Product::panel_values(p.in_channels), p.weight, p.out_channels, p.in_channels,
+                    panel * Product::kColumns);
+    }
   }
   static int64_t shared_bytes(const PointwiseProblem& p) { return piece_bytes<A>(p.packed ? 0 : packed_values(p)); }
-  static const A* packed_weights(const PointwiseProblem& p, Arena& arena) {
+  static const A* packed_weights(const PointwiseProblem& p, const Runtime& runtime, Arena& arena) {
     if (p.packed) return static_cast<const A*>(p.packed);
     A* packed = take<A>(arena, packed_values(p));
-    Product::pack(packed, p.weight, p.out_channels, p.in_channels);
+    auto body = [&](int64_t panel, int64_t end, int64_t) { pack(packed, p, panel, end); };
+    for_slots(runtime, panels(p), thread_slots(runtime, panels(p), kPackFlops * packed_values(p)), body);
     return packed;
   }
 
@@ -132,7 +137,7 @@ struct PackedWeights {
   using A = typename Product::A;
   static size_t bytes(const PointwiseProblem& p) { return ProductBuffers<Product>::packed_values(p) * sizeof(A); }
   static void pack(const PointwiseProblem& p, void* out) {
-    Product::pack(static_cast<A*>(out), p.weight, p.out_channels, p.in_channels);
+    ProductBuffers<Product>::pack(static_cast<A*>(out), p, 0, ProductBuffers<Product>::panels(p));
   }
 };
 
@@ -160,12 +165,14 @@ struct PanelOutput {
     bias = padded;
   }
 
-  // All panels of one task, whose rows of A are ready; buffers.c holds a panel of outputs.
-  void multiply(const ProductBuffers<Product>& buffers, const typename Product::A* panel, int64_t image,
-                const Box& box) const {
+  // Panels [first, last) of one task, whose rows of A are ready; buffers.c holds a panel of outputs.
+  void multiply(const ProductBuffers<Product>& buffers, const typename Product::A* panels, int64_t image,
+                const Box& box, int64_t first, int64_t last) const {
     const int64_t lda = row_stride<typename Product::A>(p.in_channels), rows = product(box.extent);
     T* const c = buffers.c;
-    for (int64_t k = 0; k < p.out_channels; k += kColumns, panel += Product::panel_values(p.in_channels)) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t k = i * kColumns;
+      const auto* panel = panels + i * Product::panel_values(p.in_channels);
       if (direct) {
         Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k), bias + k};
         e.residual = p.residual.data ? position(p.residual, image, k, box) : nullptr;
@@ -195,6 +202,17 @@ struct PanelOutput {
   }
 };
 
+// fn(image, box, first panel, last panel) for the tasks, `apart` parts each, of which parts [part, end) are.
+template <class Fn>
+DSCONV_INLINE void for_panels(const PointwiseProblem& p, const TilePlan& plan, int64_t panels, int64_t part,
+                              int64_t end, int64_t apart, Fn fn) {
+  while (part < end) {
+    const int64_t task = part / apart, first = part % apart, last = min64(apart, first + end - part);
+    fn(task / plan.tiles, tile_box(plan, p.size, task % plan.tiles), panels * first / apart, panels * last / apart);
+    part += last - first;
+  }
+}
+
 template <class S, class Product>
 struct Pointwise {
   using Buffers = ProductBuffers<Product>;
@@ -208,90 +226,112 @@ struct Pointwise {
   static void launch(const PointwiseProblem& p, const Runtime& runtime, void* workspace) {
     const TilePlan plan = plan_rows(p.size, p.in_channels);
     Arena arena = arena_at(workspace);
-    const auto* panels = Buffers::packed_weights(p, arena);
+    const auto* panels = Buffers::packed_weights(p, runtime, arena);
     const int64_t input_bytes = numel(p.batch, p.in_channels, p.size) * static_cast<int64_t>(sizeof(S));
     const Output output(p, input_bytes, arena);
-    auto body = [&](int64_t task, int64_t end, int64_t slot) {
+    const int64_t tasks = p.batch * plan.tiles, apart = panels_apart(runtime, tasks, Buffers::panels(p));
+    auto body = [&](int64_t part, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * Buffers::slot_bytes(p, plan)};
       const Buffers buffers(p, plan, own);
       Product::begin();
-      for (; task < end; ++task) {
-        const int64_t image = task / plan.tiles;
-        const Box box = tile_box(plan, p.size, task % plan.tiles);
-        Product::gather(buffers.a, row_stride<typename Product::A>(p.in_channels), p.a, image, p.in_channels, box);
-        output.multiply(buffers, panels, image, box);
-      }
+      for_panels(p, plan, Buffers::panels(p), part, end, apart,
+                 [&](int64_t image, const Box& box, int64_t first, int64_t last) {
+                   Product::gather(buffers.a, row_stride<typename Product::A>(p.in_channels), p.a, image, p.in_channels,
+                                   box);
+                   output.multiply(buffers, panels, image, box, first, last);
+                 });
       Product::end();
       if (output.streamed) end_stream();
     };
-    const int64_t tasks = p.batch * plan.tiles;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, pointwise_flops(p)), body);
+    for_slots(runtime, tasks * apart, thread_slots(runtime, tasks * apart, pointwise_flops(p)), body);
   }
 };
 
 // grad_weight[K, C] = sum over positions of grad[position, K] * a[position, C]; grad_bias[K] = sum of grad.
-// task = panel of C x block of K; each walks all positions in order, one chunk after the other, so nothing depends on
-// the threads.
+// task = some panels of C x block of K; each walks all positions in order, one chunk after the other, so nothing depends on
+// the threads. The sums of the chunks, of which there are as many as there are positions, are added in float64.
 template <class S>
 struct PointwiseGradWeight {
   using T = Compute<S>;
-  static constexpr int64_t kChunk = kChain, kBlockRows = 48;
+  static constexpr int kColumns = kPanel<T>;
+  static constexpr int64_t kChunk = kChain, kMostRows = 96, kLeastRows = kLanes<T> > 8 ? 48 : 24;  // whole vectors
+  static constexpr int64_t kMostPanels = 4, kTasks = 16;
 
-  static TilePlan plan_of(const PointwiseProblem& p) { return plan_tiles(p.size, kChunk); }
+  struct Plan {
+    TilePlan chunks;
+    int64_t rows, blocks;    // of K
+    int64_t panels, groups;  // of C: those of a task
+  };
+  static Plan plan_of(const PointwiseProblem& p) {
+    Plan plan{plan_tiles(p.size, kChunk), kMostRows, 0, 1, 0};
+    const int64_t all = ceil_div(p.in_channels, kColumns);
+    while (plan.rows > kLeastRows && all * ceil_div(p.out_channels, plan.rows) < kTasks) plan.rows /= 2;
+    plan.blocks = ceil_div(p.out_channels, plan.rows);
+    plan.panels = max64(1, min64(kMostPanels, all * plan.blocks / kTasks));
+    plan.groups = ceil_div(all, plan.panels);
+    return plan;
+  }
   static int64_t slot_bytes() {
-    return piece_bytes<T>(kChunk * kPanel<T>) + 2 * piece_bytes<T>(kBlockRows * kChunk) +
-           piece_bytes<T>(kBlockRows * kPanel<T>) + piece_bytes<double>(kBlockRows * kPanel<T>) +
-           piece_bytes<double>(kBlockRows);
+    return piece_bytes<T>(kChunk * kColumns) + piece_bytes<T>(kChunk * kMostRows) +
+           piece_bytes<T>(kMostRows * kColumns) + piece_bytes<double>(kMostPanels * kMostRows * kColumns) +
+           piece_bytes<double>(kMostRows);
   }
   static size_t workspace_bytes(const PointwiseProblem&, int threads) { return kBlockBytes + threads * slot_bytes(); }
 
   static void launch(const PointwiseProblem& p, const Runtime& runtime, void* workspace) {
-    const TilePlan plan = plan_of(p);
-    const int64_t blocks = ceil_div(p.out_channels, kBlockRows), panels = ceil_div(p.in_channels, kPanel<T>);
+    const Plan plan = plan_of(p);
     Arena arena = arena_at(workspace);
     auto body = [&](int64_t task, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * slot_bytes()};
-      T* columns = take<T>(own, kChunk * kPanel<T>);
-      T* gathered = take<T>(own, kBlockRows * kChunk);
-      T* rows = take<T>(own, kBlockRows * kChunk);
-      T* chunk = take<T>(own, kBlockRows * kPanel<T>);
-      double* total = take<double>(own, kBlockRows * kPanel<T>);  // of as many chunks as there are
-      double* bias = take<double>(own, kBlockRows);
+      T* columns = take<T>(own, kChunk * kColumns);
+      T* gradients = take<T>(own, kChunk * kMostRows);
+      T* sums = take<T>(own, kMostRows * kColumns);
+      double* total = take<double>(own, kMostPanels * kMostRows * kColumns);
+      double* bias = take<double>(own, kMostRows);
       for (; task < end; ++task) {
-        const int64_t block = task % blocks, panel = task / blocks, k0 = block * kBlockRows, c0 = panel * kPanel<T>;
-        const int64_t count = min64(kBlockRows, p.out_channels - k0), width = min64(kPanel<T>, p.in_channels - c0);
-        memset(total, 0, kBlockRows * kPanel<T> * sizeof(double));
-        memset(bias, 0, kBlockRows * sizeof(double));
-        for (int64_t piece = 0; piece < p.batch * plan.tiles; ++piece) {
-          const int64_t image = piece / plan.tiles;
-          const Box box = tile_box(plan, p.size, piece % plan.tiles);
+        const int64_t group = task / plan.blocks, k0 = task % plan.blocks * plan.rows,
+                      c0 = group * plan.panels * kColumns;
+        const int64_t rows = min64(plan.rows, p.out_channels - k0),
+                      width = min64(plan.panels * kColumns, p.in_channels - c0);
+        const bool with_bias = p.grad_bias.data && group == 0;
+        memset(total, 0, plan.panels * kMostRows * kColumns * sizeof(double));
+        memset(bias, 0, kMostRows * sizeof(double));
+        for (int64_t piece = 0; piece < p.batch * plan.chunks.tiles; ++piece) {
+          const int64_t image = piece / plan.chunks.tiles;
+          const Box box = tile_box(plan.chunks, p.size, piece % plan.chunks.tiles);
           const int64_t positions = product(box.extent);
-          gather_rows<S>(columns, kPanel<T>, p.a, image, c0, p.in_channels, box);
-          gather_rows<S>(gathered, kBlockRows, p.grad, image, k0, p.out_channels, box);
-          for (int64_t k = 0; k < count; ++k) {
-            double sum = 0;
-            for (int64_t i = 0; i < positions; ++i) sum += rows[k * kChunk + i] = gathered[i * kBlockRows + k];
-            bias[k] += sum;
+          gather_rows<S>(gradients, plan.rows, p.grad, image, k0, p.out_channels, box);
+          for (int64_t c = 0; c < width; c += kColumns) {
+            gather_rows<S>(columns, kColumns, p.a, image, c0 + c, p.in_channels, box);
+            multiply_panel<true>(gradients, plan.rows, rows, columns, positions, Epilogue<T>{sums, kColumns, kColumns});
+            double* const to = total + c * kMostRows;
+            for (int64_t i = 0; i < rows * kColumns; ++i) to[i] += sums[i];
           }
-          for (int64_t first = 0; first < positions; first += kPositionChain) {
-            const int64_t depth = min64(kPositionChain, positions - first);
-            multiply_panel(rows + first, kChunk, count, columns + first * kPanel<T>, depth,
-                           Epilogue<T>{chunk, kPanel<T>, kPanel<T>});
-            for (int64_t i = 0; i < count * kPanel<T>; ++i) total[i] += chunk[i];
-          }
+          if (with_bias) add_columns(bias, gradients, plan.rows, positions, sums);
         }
-        for (int64_t k = 0; k < count && p.grad_weight.data; ++k) {
+        for (int64_t k = 0; k < rows && p.grad_weight.data; ++k) {
           S* out =
               static_cast<S*>(p.grad_weight.data) + (k0 + k) * p.grad_weight.stride[0] + c0 * p.grad_weight.stride[1];
-          for (int64_t c = 0; c < width; ++c)
-            narrow(static_cast<T>(total[k * kPanel<T> + c]), out + c * p.grad_weight.stride[1]);
+          for (int64_t c = 0; c < width; ++c) {
+            const double sum = total[(c / kColumns * kMostRows + k) * kColumns + c % kColumns];
+            narrow(static_cast<T>(sum), out + c * p.grad_weight.stride[1]);
+          }
         }
-        for (int64_t k = 0; k < count && p.grad_bias.data && panel == 0; ++k) {
+        for (int64_t k = 0; k < rows && with_bias; ++k)
           narrow(static_cast<T>(bias[k]), static_cast<S*>(p.grad_bias.data) + (k0 + k) * p.grad_bias.stride[0]);
-        }
       }
     };
-    for_slots(runtime, blocks * panels, thread_slots(runtime, blocks * panels, pointwise_flops(p)), body);
+    const int64_t tasks = plan.groups * plan.blocks;
+    for_slots(runtime, tasks, thread_slots(runtime, tasks, pointwise_flops(p)), body);
+  }
+
+  // Adds the columns of [positions][count] to the totals.
+  static void add_columns(double* totals, const T* values, int64_t count, int64_t positions, T* sums) {
+    memset(sums, 0, count * sizeof(T));
+    for (int64_t i = 0; i < positions; ++i, values += count) {
+      for (int64_t k = 0; k < count; ++k) sums[k] += values[k];
+    }
+    for (int64_t k = 0; k < count; ++k) totals[k] += sums[k];
   }
 };
 
@@ -333,33 +373,34 @@ struct Fused {
     const int64_t lda = row_stride<A>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);
-    const A* panels = Buffers::packed_weights(pw, arena);
+    const A* panels = Buffers::packed_weights(pw, runtime, arena);
     const int64_t input_bytes = numel(dw.batch, dw.channels, dw.window.in) * static_cast<int64_t>(sizeof(S));
     const Output output(pw, input_bytes, arena);
-    auto body = [&](int64_t task, int64_t end, int64_t slot) {
+    const int64_t tasks = pw.batch * plan.tiles, apart = panels_apart(runtime, tasks, Buffers::panels(pw));
+    auto body = [&](int64_t part, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * own_bytes};
       const Buffers buffers(pw, plan, own);
       T* staged = take<T>(own, Depthwise::output_count(rows));
       typename Depthwise::Worker worker(rows, shared, own);
       if (kDelivery == Delivery::staged) worker.row.staged = staged;
       Product::begin();
-      for (; task < end; ++task) {
-        const int64_t image = task / plan.tiles;
-        const Box box = tile_box(plan, dw.window.out, task % plan.tiles);
-        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
-          worker.begin(image, chunk);
-          depthwise_tile(worker, rows.c, box, buffers.a, lda);
-        }
-        if constexpr (kDelivery == Delivery::direct) {
-          for (int64_t i = 0; i < product(box.extent); ++i) round_row<S>(buffers.a + i * lda, pw.in_channels);
-        }
-        output.multiply(buffers, panels, image, box);
-      }
+      for_panels(pw, plan, Buffers::panels(pw), part, end, apart,
+                 [&](int64_t image, const Box& box, int64_t first, int64_t last) {
+                   for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
+                     worker.begin(image, chunk);
+                     depthwise_tile(worker, rows.c, box, buffers.a, lda);
+                   }
+                   if constexpr (kDelivery == Delivery::direct) {
+                     for (int64_t i = 0; i < product(box.extent); ++i)
+                       round_row<S>(buffers.a + i * lda, pw.in_channels);
+                   }
+                   output.multiply(buffers, panels, image, box, first, last);
+                 });
       Product::end();
       if (output.streamed) end_stream();
     };
-    const int64_t tasks = pw.batch * plan.tiles;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(dw) + pointwise_flops(pw)), body);
+    const int64_t flops = depthwise_flops(dw) + pointwise_flops(pw);
+    for_slots(runtime, tasks * apart, thread_slots(runtime, tasks * apart, flops), body);
   }
 
   // The depthwise values of a box as rows of A, two rows of the map at a time where they are neighbours in a phase.

@@ -10,6 +10,8 @@ constexpr int64_t kTaskFlops = 1 << 20;  // about 20 us of work: less is not wor
 DSCONV_INLINE int64_t thread_slots(const Runtime& runtime, int64_t tasks, int64_t flops) {
   return max64(1, min64(min64(runtime.threads, tasks), flops / kTaskFlops));
 }
+// As many tasks as threads may want: by the work alone, where the results depend on how it is cut.
+DSCONV_INLINE int64_t wanted_tasks(int64_t flops, int64_t most) { return min64(most, flops / kTaskFlops); }
 DSCONV_INLINE int64_t depthwise_flops(const DepthwiseProblem& p) {
   return 2 * numel(p.batch, p.channels * p.multiplier, p.window.out) * product(p.window.taps);
 }

@@ -17,16 +17,14 @@ struct TileProduct {
   static void end() { amx::end(); }
 
   static int64_t panel_values(int64_t depth) { return ceil_div(depth, kStep) * amx::kStepValues; }
-  // Weights [K, C] (any strides) as panels of steps, see tile_product.h; zeros past K and C.
-  static void pack(A* packed, const View& weight, int64_t out_channels, int64_t in_channels) {
+  // Outputs [first, first + kColumns) of the weights [K, C] (any strides) as steps, see tile_product.h; zeros past K and C.
+  static void pack(A* panel, const View& weight, int64_t out_channels, int64_t in_channels, int64_t first) {
     const auto* source = static_cast<const S*>(weight.data);
-    for (int64_t first = 0; first < out_channels; first += kColumns) {
-      for (int64_t c = 0; c < in_channels; c += kStep) {
-        for (int64_t k = first; k < first + kColumns; k += kTile, packed += kTile * kStep) {
-          const int64_t columns = max64(0, min64(kTile, out_channels - k)), channels = min64(kStep, in_channels - c);
-          pack_tile(packed, source + k * weight.stride[0] + c * weight.stride[1], weight.stride[0], weight.stride[1],
-                    columns, channels);
-        }
+    for (int64_t c = 0; c < in_channels; c += kStep) {
+      for (int64_t k = first; k < first + kColumns; k += kTile, panel += kTile * kStep) {
+        const int64_t columns = max64(0, min64(kTile, out_channels - k)), channels = min64(kStep, in_channels - c);
+        pack_tile(panel, source + k * weight.stride[0] + c * weight.stride[1], weight.stride[0], weight.stride[1],
+                  columns, channels);
       }
     }
   }

@@ -15,7 +15,8 @@ DSCONV_INLINE Vec<T> load_part(const S* p, int64_t count) {
   if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(mask, p);
 #elif DSCONV_VECTOR_BYTES == 32
   static constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  [[maybe_unused]] const auto mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + 8 - count * sizeof(S) / 4));
+  [[maybe_unused]] const auto mask =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + 8 - count * sizeof(S) / 4));
   if constexpr (sizeof(S) == 8) return _mm256_maskload_pd(p, mask);
   if constexpr (sizeof(S) == 4) return _mm256_maskload_ps(p, mask);
 #endif
