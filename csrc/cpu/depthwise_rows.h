@@ -24,7 +24,7 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
     for (int64_t next = 0; next < channels; next += kL) {
       const S* filters = static_cast<const S*>(p.weight.data) + block_channel<T>(next, channels) * parts * filter;
       for (int64_t part = 0; part < parts; ++part, block += taps * kL) {
-        Vec<T> rows[kL];
+        Vec<T> rows[kL] = {};
         load_taps<S>(rows, filters + part * filter, p.weight, parts * filter, p.window, lanes, t, count);
         for (int64_t i = 0; i < count; ++i) store(block + places[i], rows[i]);
       }
