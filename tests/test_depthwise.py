@@ -19,6 +19,25 @@ CROWDED = (
     "dw n1c256h7w9k3s2d1p1 nhwc fp64",
     "dw n1c8704h11w11k3s1d1p1 nhwc fp32",
 )
+# Input gradients by cells of 2 x 2 (csrc/cpu/cell_blocks.h): both parities of the padding, half a cell at the end, columns
+# outside on either side, padding past all taps, windows and strides that are none of these, a depth, every delivery.
+CELLS = (
+    "dw n2c37h14w14k3s2d1p1 nhwc fp32",
+    "dw n2c24h15w16k3s2d1p1 nhwc fp64 act=relu",
+    "dw n1c40h12w33k3s2d1p0x0 nhwc fp32",
+    "dw n1c24h13w14k3s2d1p0:1x0:1 nhwc bf16",
+    "dw n2c24h9w21k5s2d1p2 nhwc fp16 act=relu6",
+    "dw n2c17h14w14k5s2d1p1:2x1:2 nhwc fp32",
+    "dw n1c24h7w7k3s2d1p2 nhwc fp32",
+    "dw n1c24h8w6k5s2d1p4 nhwc fp64",
+    "dw n1c24h14w14k5s2d1p2x1 nhwc fp32",
+    "dw n2c24h20w20k3s2d1p1 nchw fp32",
+    "dw n2c24h20w20k5s2d1p2 nchw bf16",
+    "dw n1c24h10w10k3s2d1p1 nhwc_sliced fp32",
+    "dw n1c12h10w10k3s2d1p1m2 nhwc fp32",
+    "dw n1c24t4h9w10k1x3x3s1x2x2d1p1x1x1 nhwc fp32",
+    "dw n16c96h112w112k3s2d1p1 nhwc fp32",
+)
 
 
 @pytest.mark.cases("dw", 24, 300)
@@ -34,6 +53,11 @@ def test_accuracy(case):
 @pytest.mark.parametrize("row", row_parameters("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad"))
 def test_every_row(row, library):
     check_row(row, ROW_CASES)
+
+
+@pytest.mark.parametrize("line", CELLS)
+def test_gradient_by_cells(line):
+    check_exact(Case.parse(line))
 
 
 @pytest.mark.parametrize("line", CROWDED)
