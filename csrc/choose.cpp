@@ -6,15 +6,15 @@
 namespace dsconv {
 
 // The implementations live in objects compiled for their target; only their addresses are known here.
-#define DSCONV_DECLARE_CPU(isa)                                                          \
-  namespace cpu::isa {                                                                   \
-  extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight; \
-  extern const Kernel<DepthwiseProblem> planes_forward, planes_grad_input;               \
-  extern const Kernel<DepthwiseProblem> flat_mask, rows_mask;                            \
-  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                  \
-  extern const Kernel<SeparableProblem> fused_forward;                                   \
-  extern const Packer<DepthwiseProblem> rows_packer;                                     \
-  extern const Packer<PointwiseProblem> panel_packer;                                    \
+#define DSCONV_DECLARE_CPU(isa)                                                                \
+  namespace cpu::isa {                                                                         \
+  extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight;       \
+  extern const Kernel<DepthwiseProblem> planes_forward, planes_grad_input, planes_grad_weight; \
+  extern const Kernel<DepthwiseProblem> flat_mask, rows_mask;                                  \
+  extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                        \
+  extern const Kernel<SeparableProblem> fused_forward;                                         \
+  extern const Packer<DepthwiseProblem> rows_packer;                                           \
+  extern const Packer<PointwiseProblem> panel_packer;                                          \
   }
 DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
