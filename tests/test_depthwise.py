@@ -19,8 +19,9 @@ CROWDED = (
     "dw n1c256h7w9k3s2d1p1 nhwc fp64",
     "dw n1c8704h11w11k3s1d1p1 nhwc fp32",
 )
-# Input gradients by cells of 2 x 2 (csrc/cpu/cell_blocks.h): both parities of the padding, half a cell at the end, columns
-# outside on either side, padding past all taps, windows and strides that are none of these, a depth, every delivery.
+# Input gradients by cells of 2 x 2 (csrc/cpu/cell_blocks.h): both parities of the padding, half a cell at the end,
+# columns outside on either side, padding past all taps, windows and strides that are none of these, a depth, every
+# delivery.
 CELLS = (
     "dw n2c37h14w14k3s2d1p1 nhwc fp32",
     "dw n2c24h15w16k3s2d1p1 nhwc fp64 act=relu",
