@@ -40,6 +40,22 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
+# Weight gradients by planes (csrc/cpu/grad_planes.h): strips narrower than a vector, with a column outside on one side or
+# both and with none, more rows than one chain of additions, several images in one, rows of taps outside.
+PLANES = (
+    "dw n3c5h5w5k3s1d1p1 nchw fp32",
+    "dw n2c6h70w37k3s1d1p1 nchw fp32 act=relu",
+    "dw n9c4h14w14k3s1d1p1 nchw fp64",
+    "dw n2c3h30w35k5s1d1p2 nchw fp32",
+    "dw n2c3h30w16k7s1d1p3 nchw fp32",
+    "dw n2c5h21w40k3s2d1p1 nchw fp32",
+    "dw n2c5h20w19k5s2d1p2 nchw fp64",
+    "dw n1c4h19w50k3s1d3p3 nchw fp32",
+    "dw n2c4h24w24k7s2d2p5 nchw fp32",
+    "dw n2c4h9w10k3s1d1p2m3 nchw fp32",
+    "dw n1c4h3w66k7s1d1p3 sliced fp32",
+)
+
 
 @pytest.mark.cases("dw", 24, 300)
 def test_integers_are_exact(case):
@@ -58,6 +74,11 @@ def test_every_row(row, library):
 
 @pytest.mark.parametrize("line", CELLS)
 def test_gradient_by_cells(line):
+    check_exact(Case.parse(line))
+
+
+@pytest.mark.parametrize("line", PLANES)
+def test_weight_gradient_by_planes(line):
     check_exact(Case.parse(line))
 
 

@@ -16,10 +16,12 @@ struct Lanes {
   typedef typename IntOf<sizeof(T)>::type Index;
   Vec<Index> mask;  // all bits of those lanes
   int64_t low, high;
+  uint32_t bits;  // one of each
 
   Lanes() = default;
   Lanes(int64_t from, int64_t to) : low(max64(from, 0)), high(min64(to, kLanes<T>)) {
     for (int l = 0; l < kLanes<T>; ++l) mask[l] = l >= low && l < high ? -1 : 0;
+    bits = high <= low ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
   }
   __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
     return reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Index>>(v) & mask);
@@ -27,7 +29,6 @@ struct Lanes {
   // Those in memory, zero elsewhere.
   __attribute__((always_inline)) Vec<T> load(const T* p) const {
 #if DSCONV_VECTOR_BYTES == 64
-    const auto bits = high <= low ? 0u : ((1u << high) - 1) & ~((1u << low) - 1);
     if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(bits, p);
     if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(bits, p);
 #elif defined(__AVX__)
