@@ -82,8 +82,9 @@ format: $(STAMP) ## apply the style
 bench: build ## time the layers of MobileNetV2 (ARGS="run --shapes xception --pass fwd,bwd --json out.json")
 	"$(PY)" -m bench $(or $(ARGS),run --shapes mobilenet_v2)
 
+# build/lib*: setuptools would pack what was copied there before, removed modules too.
 wheel: $(STAMP) ## build a wheel into dist/, print its size and contents
-	rm -f dist/*.whl
+	rm -rf dist/*.whl build/lib*
 	"$(PY)" -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 	ls -l dist/*.whl
 	"$(PY)" -m zipfile -l dist/*.whl
