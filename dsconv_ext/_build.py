@@ -28,8 +28,9 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mfma", "-mf16c"]
 _AVX512 += ["-Wno-maybe-uninitialized"]  # gcc 12's own _mm512_reduce_* and _mm512_undefined_* trip over it
-# The flags of an instruction set; the sources compiled for it end in its name (depthwise_avx2.cpp), x86-64 only.
-ISA_FLAGS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512}
+# The flags of an instruction set; the sources compiled for it end in its name (rows_avx2.cpp). The rest is "baseline".
+ISA_FLAGS = {"baseline": [], "portable": [], "avx2": _AVX2, "avx512": _AVX512}
+X86_ISAS = ("avx2", "avx512")
 
 COMMON_FLAGS = ["-O3", "-std=c++20"]
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
@@ -78,7 +79,7 @@ def sources(cuda: bool) -> list[str]:
     """Every source of the library, relative to the repository root, sorted."""
     patterns = ["*.cpp", "ops/*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if cuda else [])
     found = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
-    return [s for s in found if IS_X86 or isa_of(s) == "baseline"]
+    return [s for s in found if IS_X86 or isa_of(s) not in X86_ISAS]
 
 
 def find_cuda() -> Cuda | None:
@@ -142,7 +143,7 @@ def _read(path: str) -> str:
 
 
 def defines(cuda: Cuda | None) -> list[str]:
-    """The -D flags every source sees."""
+    """The -D flags of every source but CPU kernels, which know neither torch nor CUDA and serve any build."""
     major, minor = TORCH_MINIMUM
     return [
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
@@ -213,7 +214,9 @@ def build_ext_class() -> type:
                     groups.setdefault(isa_of(source), []).append(source)
                 objects = []
                 for isa, group in groups.items():
-                    flags = extra_postargs | {"cxx": extra_postargs["cxx"] + ISA_FLAGS[isa]}
+                    flags = extra_postargs
+                    if isa != "baseline":
+                        flags = flags | {"cxx": CXX_FLAGS + ISA_FLAGS[isa]}
                     objects += compile_group(group, os.path.join(output_dir, isa), extra_postargs=flags, **rest)
                 return objects
 

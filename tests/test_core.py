@@ -77,7 +77,7 @@ def need(*programs: str) -> None:
 def core_sources(x86: bool) -> list[str]:
     """The sources of the library that know no torch, and the driver."""
     library = [s for s in _build.sources(cuda=False) if s != "csrc/library.cpp" and not s.startswith("csrc/ops/")]
-    return [*(s for s in library if x86 or _build.isa_of(s) == "baseline"), DRIVER]
+    return [*(s for s in library if x86 or _build.isa_of(s) not in _build.X86_ISAS), DRIVER]
 
 
 def ready_object(variant: Variant, source: str) -> str | None:

@@ -40,8 +40,8 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# Weight gradients by planes (csrc/cpu/grad_planes.h): strips narrower than a vector, with a column outside on one side or
-# both and with none, more rows than one chain of additions, several images in one, rows of taps outside.
+# Weight gradients by planes (csrc/cpu/grad_planes.h): strips narrower than a vector, with a column outside on one side
+# or both and with none, more rows than one chain of additions, several images in one, rows of taps outside.
 PLANES = (
     "dw n3c5h5w5k3s1d1p1 nchw fp32",
     "dw n2c6h70w37k3s1d1p1 nchw fp32 act=relu",
