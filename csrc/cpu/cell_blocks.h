@@ -11,7 +11,7 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 // Output 2 * m + r (r: 0, 1) of a row meets taps t = even(r) + 2 * u at the inputs m + shift(r) - u, with kOdd the parity
-// of the padding. Half the padding further on, in truth, which is the caller's.
+// of the padding; half the padding, whole, is to be added to m.
 template <int kTaps, int kOdd>
 struct CellTaps {
   static constexpr int kInputs = (kTaps + 1) / 2;        // that a cell reads

@@ -81,13 +81,15 @@ struct Rows {
   static Plan plan_of(const DepthwiseProblem& p) {
     const View& to = kTransposed ? p.grad_x : p.y;
     const ChannelMap map = output_map(p);
+    const int64_t wanted = wanted_tasks(2 * depthwise_flops(p), kTasks);
     const bool streamed = kStreams && is_large<S>(p);
-    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1);
-    if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed);
+    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, wanted);
+    if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed, wanted);
     const bool whole_lines = kVectorBytes == kBlockBytes && has_whole_lines<S>(to, map.count);
-    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed);
+    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, wanted);
   }
-  static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed) {
+  // Channels are cut into as many chunks as the wanted number of tasks takes, or the cache.
+  static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed, int64_t wanted) {
     Plan plan{};
     plan.c = Correlation::of(p.window, kTransposed);
     const Window& w = p.window;
@@ -129,7 +131,7 @@ struct Rows {
     int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
-    const int64_t shares = ceil_div(wanted_tasks(2 * depthwise_flops(p), kTasks), max64(plan.tasks, 1));
+    const int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
     fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;

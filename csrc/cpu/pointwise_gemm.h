@@ -360,7 +360,7 @@ struct Fused {
     return Depthwise::slot_bytes(rows) + Buffers::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
-    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, kDelivery, false);
+    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, kDelivery, false, 1);
     return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + Buffers::shared_bytes(p.pointwise) +
            piece_bytes<T>(Output::bias_count(p.pointwise)) + threads * slot_bytes(rows, p, plan_of(p));
   }
@@ -369,7 +369,7 @@ struct Fused {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    typename Depthwise::Plan rows = Depthwise::plan_of(dw, kDelivery, false);
+    typename Depthwise::Plan rows = Depthwise::plan_of(dw, kDelivery, false, 1);
     const int64_t lda = row_stride<A>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);
