@@ -635,19 +635,19 @@ def barrier(block, mask, which):
     block.at_barrier |= mask
 
 
-def check_whole_warp(block: Block, members: str | int) -> None:
-    if (block.read(members, "u32") != 0xFFFFFFFF).any():
+def check_whole_warp(block: Block, mask: np.ndarray, members: str | int) -> None:
+    if (np.broadcast_to(block.read(members, "u32"), block.threads)[mask] != 0xFFFFFFFF).any():
         raise PtxError("only a part of a warp")
 
 
 @instruction(r"bar\.warp\.sync", collective=True)
 def warp_barrier(block, mask, members):
-    check_whole_warp(block, members)
+    check_whole_warp(block, mask, members)
 
 
 @instruction(r"vote\.sync\.(?P<how>all|any)\.pred", collective=True)
 def vote(block, mask, to, value, members, *, how):
-    check_whole_warp(block, members)
+    check_whole_warp(block, mask, members)
     votes = np.broadcast_to(block.read(value, "pred"), block.threads).reshape(-1, WARP)
     block.write(to, mask, np.repeat(votes.all(axis=1) if how == "all" else votes.any(axis=1), WARP))
 
