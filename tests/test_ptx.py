@@ -6,6 +6,7 @@ all buffers. The data are integers, so the results are the same to the bit howev
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -71,12 +72,19 @@ def read(source: str, architecture: str = "80") -> ptx.Machine:
     return ptx.Machine(native.ptx_of(_build.CSRC / "cuda" / source, architecture))
 
 
+def effort(problem: str) -> tuple[bool, int]:
+    """Orders problems: first those of more than one tile and more than one chunk of channels, small ones first."""
+    numbers = {name: math.prod(map(int, value.split("x"))) for name, value in re.findall(r"(\w+)=([\dx]+)\b", problem)}
+    pixels, channels = numbers["n"] * numbers["out"], numbers["c"] * numbers["m"]
+    return pixels <= 128 or channels <= 32, pixels * channels
+
+
 def check(machine: ptx.Machine, row: str, lines: list[str], wanted: set[str], folder: Path) -> None:
-    """Problems cut by turns as large layers and as on a large GPU, until there was one of everything wanted: dtypes, or
-    kernels. Of integers: their activations are not called as functions, which the reader does not know."""
+    """Problems cut as large layers are and, every third, as on a large GPU, until there was one of everything wanted:
+    dtypes, or kernels. Of integers: their activations are not called as functions, which the reader does not know."""
     missing, names = set(wanted), symbols()
-    for i, problem in enumerate(one for one in lines if "data=integers" in one):
-        launches = recorded(row, problem, folder / "launches", ("1", "132")[i % 2])
+    for i, problem in enumerate(sorted((one for one in lines if "data=integers" in one), key=effort)):
+        launches = recorded(row, problem, folder / "launches", ("132", "1", "1")[i % 3])
         reached = {re.search(r"dtype=(\S+)", problem)[1], *(names[launch.function] for launch in launches)}
         if reached & missing:
             for launch in launches:
