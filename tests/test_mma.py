@@ -14,6 +14,7 @@ import pytest
 
 import native
 import ptx
+import ptx_isa
 from conftest import ROOT
 from dsconv_ext import _build
 from test_simt import PLAIN, drive
@@ -43,8 +44,8 @@ class Product:
     """mma: of integers, exactly; of reals, with sums that may be rounded in any order."""
 
     def __init__(self, shape: str, kind: str):
-        a, b = ptx.OPERANDS[shape, 32 if kind == "tf32" else 16]
-        self.operands = [(ptx.ACCUMULATOR, "f32"), (a, kind), (b, kind)]  # as the kernels read them
+        a, b = ptx_isa.OPERANDS[shape, 32 if kind == "tf32" else 16]
+        self.operands = [(ptx_isa.ACCUMULATOR, "f32"), (a, kind), (b, kind)]  # as the kernels read them
 
     def words(self, rng: np.random.Generator, real: bool) -> np.ndarray:
         registers = []
@@ -64,7 +65,7 @@ class Product:
             matrices.append(matrix)
         c, a, b = matrices
         found = np.full(c.shape, np.nan)
-        found[ptx.ACCUMULATOR.places] = out.view(np.float32).reshape(LANES, -1)
+        found[ptx_isa.ACCUMULATOR.places] = out.view(np.float32).reshape(LANES, -1)
         exact = all((matrix % 1 == 0).all() for matrix in matrices)
         bound = 0 if exact else 2.0**-24 * (a.shape[1] + 1) * (abs(a) @ abs(b) + abs(c))
         assert (abs(found - (a @ b + c)) <= bound).all()

@@ -6,6 +6,7 @@ all buffers. The data are integers, so the results are the same to the bit howev
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ import pytest
 
 import native
 import ptx
+import ptx_isa
 import test_simt_fused
 from dsconv_ext import _build
-from test_simt import PLAIN, ROWS, build, drive, problems
+from test_simt import HALVES, PLAIN, ROWS, build, drive, problems
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Launch:
     after: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def recorded(row: str, problem: str, file: Path) -> list[Launch]:
-    done = drive(PLAIN, "--record", str(file), lines=[f"{row} {problem}"])
+def recorded(row: str, problem: str, file: Path, gpu: str) -> list[Launch]:
+    """On a GPU of so many multiprocessors."""
+    done = drive(PLAIN, "--record", str(file), gpu, lines=[f"{row} {problem}"])
     assert done.returncode == 0 and done.stdout.startswith("ok"), done.stdout
     launches = []
     for line in file.read_text().splitlines():
@@ -65,23 +68,39 @@ def run(machine: ptx.Machine, name: str, launch: Launch) -> None:
         assert (machine.fetch(address, data) == data).all()
 
 
-def check(row: str, source: str, lines: list[str], folder: Path, architecture: str = "80") -> None:
-    """A problem of each dtype; float64, and activations that are called as functions, are not for the reader."""
-    machine = ptx.Machine(native.ptx_of(_build.CSRC / "cuda" / source, architecture))
-    names = symbols()
-    integers = [one for one in lines if "data=integers" in one and "dtype=float64" not in one]
-    chosen = {re.search(r"dtype=\S+( tf32=1)?", one)[0]: one for one in reversed(integers)}
-    assert len(chosen) == (2 if architecture == "75" else 3 + any("tf32" in one for one in lines))
-    for problem in chosen.values():
-        launches = recorded(row, problem, folder / "launches")
-        assert launches
-        for launch in launches:
-            run(machine, names[launch.function], launch)
+def read(source: str, architecture: str = "80") -> ptx.Machine:
+    return ptx.Machine(native.ptx_of(_build.CSRC / "cuda" / source, architecture))
+
+
+def effort(problem: str) -> tuple[bool, int]:
+    """Orders problems: first those of more than one tile and more than one chunk of channels, small ones first."""
+    numbers = {name: math.prod(map(int, value.split("x"))) for name, value in re.findall(r"(\w+)=([\dx]+)\b", problem)}
+    pixels, channels = numbers["n"] * numbers["out"], numbers["c"] * numbers["m"]
+    return pixels <= 128 or channels <= 32, pixels * channels
+
+
+def check(machine: ptx.Machine, row: str, lines: list[str], wanted: set[str], folder: Path) -> None:
+    """Problems cut as large layers are and, every third, as on a large GPU, until there was one of everything wanted:
+    dtypes, or kernels. Of integers: their activations are not called as functions, which the reader does not know."""
+    missing, names = set(wanted), symbols()
+    for i, problem in enumerate(sorted((one for one in lines if "data=integers" in one), key=effort)):
+        launches = recorded(row, problem, folder / "launches", ("132", "1", "1")[i % 3])
+        reached = {re.search(r"dtype=(\S+)", problem)[1], *(names[launch.function] for launch in launches)}
+        if reached & missing:
+            for launch in launches:
+                run(machine, names[launch.function], launch)
+        missing -= reached
+        if not missing:
+            return
+    raise AssertionError(f"no problem of {missing}")
+
+
+DTYPES = {"float32", *HALVES}
 
 
 def test_direct(tmp_path):
     row = "depthwise_fwd_direct_cuda"
-    check(row, "depthwise_direct.cu", problems(row, 60), tmp_path)
+    check(read("depthwise_direct.cu"), row, problems(row, 60), DTYPES, tmp_path)
 
 
 @pytest.mark.slow
@@ -89,17 +108,27 @@ def test_direct(tmp_path):
 def test_every_row(row, tmp_path):
     name = re.fullmatch(r"depthwise_fwd_(\w+)_cuda", row)[1]  # both strides may be in one source
     source = next(f"{s}.cu" for s in (name, name[:-2]) if (_build.CSRC / "cuda" / f"{s}.cu").exists())
-    check(row, source, problems(row, 60), tmp_path)
+    check(read(source), row, problems(row, 60), DTYPES, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["75", "80"])
 @pytest.mark.parametrize("row", test_simt_fused.ROWS)
 def test_every_fused_row(row, architecture, tmp_path):
-    """On sm_75 with other tensor-core instructions, plain copies, and neither bfloat16 nor tf32."""
-    source = re.sub(r"separable_fwd_(?:fused|resident)_(n\w+_k(?:\d|any))(?:s\d)?_cuda", r"fused_\1.cu", row)
-    lines = [p for p in test_simt_fused.problems(row, 60) if architecture != "75" or not re.search("bfloat16|tf32", p)]
-    check(row, source, lines, tmp_path, architecture)
+    """On sm_75 with other tensor-core instructions, plain copies, and neither bfloat16 nor tf32. Both dataflows have
+    the same kernels, of which resident rows may never take those of 128 outputs."""
+    name = re.fullmatch(r"separable_fwd_(?:fused|resident)_(n\w+_k(?:\d|any))(?:s\d)?_cuda", row)[1]
+    machine = read(f"fused_{name}.cu", architecture)
+    channels_last, taps, stride = test_simt_fused.parts_of(row)
+    factors = "f|6__half" if architecture == "75" else r"\w+?"
+    outputs = "64" if test_simt_fused.is_resident(row) else r"\d+"
+    kernel = rf"fused_forwardI(?:{factors})Li{outputs}ELi{taps or 0}ELi{stride or 0}ELb{int(not channels_last)}E"
+    wanted = {one for one in machine.kernels if re.search(kernel, one)}
+    lines = test_simt_fused.problems(row, 150)
+    if architecture == "75":
+        lines = [one for one in lines if not re.search("bfloat16|tf32", one)]
+    assert len(wanted) in ((2, 4) if architecture == "75" else (4, 8))
+    check(machine, row, lines, wanted, tmp_path)
 
 
 def kernel_of(*body: str) -> str:
@@ -136,5 +165,5 @@ def test_what_the_reader_refuses(body, message):
 def test_a_fused_multiply_add_rounds_once():
     """1 + 3 2^-24 - 2^-70 is nearest to 1 + 2^-23; in double it is half-way between that and an even neighbour."""
     a, b, c = (np.float32(value) for value in (2**-12 * (1 + 2**-23), 2**-12 * (1 - 2**-23), 1 + 2**-23))
-    assert ptx.fused(a, b, c) == c and ptx.fused(-a, b, -c) == -c
+    assert ptx_isa.fused(a, b, c) == c and ptx_isa.fused(-a, b, -c) == -c
     assert np.float32(float(a) * float(b) + float(c)) == np.float32(1 + 2**-22)

@@ -311,19 +311,21 @@ def traffic(row: str, dtype: str, channels: int, window: list[tuple[int, ...]]) 
 # (s(h - 1) + k)(s(w - 1) + k) inputs and its slab's weights, and tiles are as large as these limits ask for: 1.35 for
 # 3x3, 1.9 for 7x7, 1.15 for 1D.
 LIMITS = {1: 1.15, 3: 1.35, 5: 1.9, 7: 1.9}
-TRAFFIC = [("nhwc_wide", (n, n), (k, k), s) for k in (3, 5, 7) for s in (1, 2) for n in (28, 56)]
-TRAFFIC += [("nchw", (n, n), (k, k), s) for k in (3, 5, 7) for s in (1, 2) for n in (7, 9, 14, 28, 56, 112)]
-TRAFFIC += [("nchw", size, (k, k), s) for k in (3, 7) for s in (1, 2) for size in ((13, 17), (10, 300))]
-TRAFFIC += [(name, (1, 768), (1, k), 1) for name in ("nhwc_wide", "nchw") for k in (4, 31)]
+TRAFFIC = [("nhwc_wide", (n, n), (k, k), s, 1) for k in (3, 5, 7) for s in (1, 2) for n in (28, 56)]
+TRAFFIC += [("nhwc_wide", (n, n), (k, k), 1, d) for k in (3, 5, 7) for d in (2, 3) for n in (28, 56)]
+TRAFFIC += [("nchw", (n, n), (k, k), s, 1) for k in (3, 5, 7) for s in (1, 2) for n in (7, 9, 14, 28, 56, 112)]
+TRAFFIC += [("nchw", size, (k, k), s, 1) for k in (3, 7) for s in (1, 2) for size in ((13, 17), (10, 300))]
+TRAFFIC += [(name, (1, 768), (1, k), 1, 1) for name in ("nhwc_wide", "nchw") for k in (4, 31)]
+TRAFFIC += [("nhwc_wide", (1, 768), (1, 15), 1, d) for d in (2, 3, 16)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("name", "size", "taps", "stride"), TRAFFIC)
-def test_traffic(name, size, taps, stride, dtype):
+@pytest.mark.parametrize(("name", "size", "taps", "stride", "dilation"), TRAFFIC)
+def test_traffic(name, size, taps, stride, dilation, dtype):
     wide, one_dimensional = "wide" in name, taps[0] == 1
     channels = (32 if dtype == "float32" else 64) if wide else 8 if min(size) > 14 or one_dimensional else 64
     row = f"depthwise_fwd_{name}_k{'any' if one_dimensional else taps[1]}s{stride}_cuda"
-    counts = traffic(row, dtype, channels, centred(size, taps, stride))
+    counts = traffic(row, dtype, channels, centred(size, taps, stride, dilation))
     least = counts["input_bytes"] + counts["output_bytes"]
     assert 32 * (counts["sectors_read"] + counts["sectors_written"]) <= LIMITS[taps[0]] * least, counts
     assert counts["bytes_written"] == counts["distinct_bytes_written"] == counts["output_bytes"], counts

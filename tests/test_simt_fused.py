@@ -181,21 +181,18 @@ def tiles_and_reads(size: int, tile: int, taps: int) -> tuple[int, int]:
 
 # Tiles of rows x columns of pixels x outputs; the inputs that they read over those of the map; outputs of a block.
 TRAFFIC = [
-    *((dtype, "fused_nhwc_k3s1", (56, 56), (16, 8, 128), 128, 1.4, 128) for dtype in ("float16", TF32)),
-    # Tiles with fewer pixels outside the map are worth a larger halo.
-    ("float32", "fused_nhwc_k3s1", (56, 56), (8, 8, 128), 128, 1.5, 128),
-    *((dtype, "fused_nhwc_k3s1", (28, 28), (4, 32, 64), 64, 1.45, 64) for dtype in ("float16", TF32)),
     *(
         (dtype, *case)
         for dtype in ("float16", TF32, "float32")
         for case in (
+            ("fused_nhwc_k3s1", (56, 56), (16, 8, 128), 128, 1.4, 128),
+            ("fused_nhwc_k3s1", (28, 28), (16, 8, 64), 64, 1.4, 64),
             ("fused_nhwc_k3s1", (16, 32), (16, 8, 128), 256, 1.4, 128),
             ("fused_nhwc_k3s1", (32, 32), (16, 8, 64), 64, 1.4, 64),
             ("fused_nhwc_k5s1", (16, 16), (16, 8, 64), 64, 1.4, 64),
+            ("fused_nhwc_k3s1", (1, 300), (1, 128, 64), 64, 1.1, 64),
         )
     ),
-    *((dtype, "fused_nhwc_k3s1", (1, 300), (1, 128, 64), 64, 1.1, 64) for dtype in ("float16", TF32)),
-    ("float32", "fused_nhwc_k3s1", (1, 300), (1, 64, 64), 64, 1.1, 64),
     *((dtype, "resident_nhwc_k3s1", (16, 32), (16, 8, 128), 256, 1.4, 256) for dtype in ("float16", TF32)),
     ("float32", "resident_nhwc_k3s1", (32, 32), (16, 8, 64), 256, 1.4, 256),
     *((dtype, "fused_nchw_k3s1", (16, 32), (8, 16, 128), 128, 1.4, 128) for dtype in (TF32, "float32")),

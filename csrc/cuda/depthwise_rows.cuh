@@ -31,15 +31,21 @@ struct Axis {
   int in, out, taps, dilation, pad;
   int blocks;  // of neighbouring outputs of a thread: `dilation` phases of them
 
-  // The first of the outputs of block i; they lie `dilation` apart.
-  DSCONV_HD int first(int i, int outputs) const { return i % dilation + i / dilation * outputs * dilation; }
+  // The first of the outputs of block i; they lie `dilation` apart. Blocks of one phase, which share inputs, are
+  // neighbours; those of other phases share none with them.
+  DSCONV_HD int first(int i, int outputs) const {
+    if (dilation == 1) return i * outputs;
+    const int of_phase = blocks / dilation;
+    return i / of_phase + i % of_phase * (outputs * dilation);
+  }
 };
 
 inline Axis axis_of(const Window& w, int dim, int outputs) {
   const auto narrow = [](int64_t n) { return static_cast<int>(n); };
-  const int64_t blocks = w.dilation[dim] * ceil_div(ceil_div(w.out[dim], w.dilation[dim]), outputs);
-  return {narrow(w.in[dim]),       narrow(w.out[dim]), narrow(w.taps[dim]),
-          narrow(w.dilation[dim]), narrow(w.pad[dim]), narrow(blocks)};
+  const int64_t dilation = w.taps[dim] > 1 ? w.dilation[dim] : 1;
+  const int64_t blocks = dilation * ceil_div(ceil_div(w.out[dim], dilation), outputs);
+  return {narrow(w.in[dim]), narrow(w.out[dim]), narrow(w.taps[dim]),
+          narrow(dilation),  narrow(w.pad[dim]), narrow(blocks)};
 }
 
 // What every row's parameters begin with: the tensors, and what ends their outputs. Steps in elements.

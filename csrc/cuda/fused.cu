@@ -97,30 +97,53 @@ int64_t staged_bytes(const FusedParameters& q, int64_t outputs, int64_t stages) 
   return stages * outputs * kRowBytes + max64(stages * box + taps, sums);
 }
 
+// One dimension of a map cut into tiles: the positions of the input that these read, and the outputs that are computed,
+// `unit` of which are left out together where the map has none.
+struct Cut {
+  int64_t tiles, positions, outputs;
+};
+Cut cut(const Window& w, int dim, int64_t outputs, int64_t box, int64_t unit) {
+  const int64_t tiles = ceil_div(w.out[dim], outputs);
+  const int64_t behind = (tiles - 1) * outputs * w.stride[dim] - w.pad[dim] + box - w.in[dim];
+  const int64_t outside = min64(w.pad[dim], box) + min64(max64(behind, 0), box);
+  return {tiles, max64(tiles * box - outside, 1), round_up(w.out[dim], unit)};
+}
+
 // Of the tiles whose boxes fit into `room`, the one with the least to read and to compute; false if none does. Where
 // columns lie side by side they come in sectors of 32 bytes, and a row of outputs fills one.
-bool choose_tile(FusedParameters& q, const SeparableProblem& p, int pixels_shift, int64_t outputs, bool pixels_inner,
-                 int64_t room) {
+bool choose_tile(FusedPlan& plan, const SeparableProblem& p, int pixels_shift, int64_t pixels_of_warp, int64_t outputs,
+                 bool pixels_inner, int64_t room) {
   const Window& w = p.depthwise.window;
   const int64_t size = element_size(p.depthwise.dtype);
-  int64_t least = INT64_MAX;
-  FusedParameters best = q;
+  double least = HUGE_VAL;
+  FusedPlan best = plan;
+  FusedParameters& q = plan.parameters;
   for (int shift = pixels_inner && size == 2 ? 4 : 3; shift <= pixels_shift; ++shift) {
     q.tile_shift = shift;
     q.height_shift = pixels_shift - shift;
     const int64_t columns = int64_t{1} << q.tile_shift, rows = int64_t{1} << q.height_shift;
     set_box(q, w, rows, columns);
     if (staged_bytes(q, outputs, 2) > room) continue;
-    q.row_tiles = narrow(ceil_div(w.out[1], rows));
-    q.column_tiles = narrow(ceil_div(w.out[2], columns));
-    const int64_t read = pixels_inner ? round_up(q.box_columns * size + 16, 32) / size : q.box_columns;
-    const int64_t work = int64_t{q.row_tiles} * q.column_tiles * (q.box_rows * read + 2 * rows * columns);
+    const int64_t columns_of_warp = min64(columns, pixels_of_warp);
+    const Cut down = cut(w, 1, rows, q.box_rows, pixels_of_warp / columns_of_warp);
+    Cut across = cut(w, 2, columns, q.box_columns, columns_of_warp);
+    int64_t box_columns = q.box_columns;
+    if (pixels_inner) {
+      box_columns = round_up(q.box_columns * size + 16, 32) / size;
+      across.positions = across.tiles * box_columns;
+    }
+    q.row_tiles = narrow(down.tiles);
+    q.column_tiles = narrow(across.tiles);
+    plan.map = {double(down.positions) * double(across.positions), double(down.outputs) * double(across.outputs)};
+    plan.tile = {double(min64(q.box_rows, down.positions)) * double(min64(box_columns, across.positions)),
+                 double(min64(rows, down.outputs)) * double(min64(columns, across.outputs))};
+    const double work = plan.map.positions + 2 * plan.map.pixels;
     if (work >= least) continue;
     least = work;
-    best = q;
+    best = plan;
   }
-  q = best;
-  return least < INT64_MAX;
+  plan = best;
+  return least < HUGE_VAL;
 }
 
 // What a multiprocessor keeps for itself of the shared memory of each block.
@@ -131,23 +154,28 @@ constexpr double kTapCost = 2, kValueCost = 6;
 // A step's barrier and the latencies that nothing hides, of which a block has some at its beginning and its end. Copies
 // have twice the time to arrive where three stages are under way.
 constexpr double kStepNs = 100, kStepsAround = 4;
+// Of plans about as fast that with the largest tiles is taken: it reads the least.
+constexpr double kWorthwhile = 0.97;
 
 // Times of the busiest multiprocessor, of which `beside` blocks run at once.
 void estimate(FusedPlan& plan, const SeparableProblem& p, int64_t outputs, const Machine& machine, int64_t beside) {
   const FusedParameters& q = plan.parameters;
   const double rate = machine.peak_gflops / 2 / machine.multiprocessors;  // multiply-adds of a nanosecond
   const int64_t size = element_size(p.depthwise.dtype);
-  const double values = double(pixels_of(q)) * q.channels;
+  const int64_t of_one = ceil_div(plan.blocks, machine.multiprocessors);
+  const double maps = double(of_one) / (double(q.row_tiles) * q.column_tiles);
+  const auto of_blocks = [&](double tile, double map) { return std::max(tile, maps * map); };
+  const double values = of_blocks(plan.tile.pixels, plan.map.pixels) * q.channels;
   const double depthwise = values * (kTapCost * double(product(p.depthwise.window.taps)) + kValueCost) / rate;
   const double products = values * double(outputs) * q.tiles / (rate * product_rate(p.pointwise, machine));
-  const double rows_read = double(q.box_rows) * q.box_columns + double(outputs) * q.tiles;
+  const double rows_read =
+      of_blocks(plan.tile.positions, plan.map.positions) + double(of_one) * double(outputs) * q.tiles;
   const double read = rows_read * q.channels * double(size) / (machine.cache_gbs / machine.multiprocessors);
   // Tensor cores work beside the others.
   const bool tensor = product_rate(p.pointwise, machine) > 1;
   const double busy = std::max(tensor ? std::max(depthwise, products) : depthwise + products, read);
   const double steps = kStepsAround + double(ceil_div(q.channels, kRowBytes / size)) * q.tiles;
-  const int64_t of_one = ceil_div(plan.blocks, machine.multiprocessors);
-  plan.busy_us = 1e-3 * double(of_one) * busy;
+  plan.busy_us = 1e-3 * busy;
   plan.latency_us = 1e-3 * double(ceil_div(of_one, beside)) * steps * kStepNs / (q.stages - 1);
 }
 
@@ -187,14 +215,15 @@ FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t residen
   // half as many as outputs.
   const int64_t least_pixels = pixels_inner ? outputs / 2 : 32;
   for (int pixels_shift = kMostPixelsShift; 1 << pixels_shift >= least_pixels; --pixels_shift) {
-    const int64_t reserved = reserved_bytes(machine), map = (resident ? chunks : 2) * (kRowBytes << pixels_shift);
-    if (!choose_tile(q, p, pixels_shift, outputs, pixels_inner, machine.shared_bytes - reserved - map)) continue;
+    const int64_t reserved = reserved_bytes(machine), room = machine.shared_bytes - reserved;
+    const int64_t map = (resident ? chunks : 2) * (kRowBytes << pixels_shift);
+    if (!choose_tile(plan, p, pixels_shift, least_pixels, outputs, pixels_inner, room - map)) continue;
     plan.threads = narrow(threads_of(pixels_of(q)));
     // Blocks that a multiprocessor runs at once.
     const auto beside = [&](int64_t stages) {
       const int64_t bytes = map + staged_bytes(q, outputs, stages) + reserved;
-      const int64_t room = min64(resident_threads / plan.threads, machine.shared_bytes / bytes);
-      return min64(room, ceil_div(plan.blocks, machine.multiprocessors));
+      const int64_t fit = min64(resident_threads / plan.threads, machine.shared_bytes / bytes);
+      return min64(fit, ceil_div(plan.blocks, machine.multiprocessors));
     };
     // The fewer tiles of outputs a block has, the more blocks there are, and the more often depthwise values are made.
     for (int64_t splits = resident ? 1 : output_tiles; splits <= output_tiles; splits *= 2) {
@@ -206,7 +235,7 @@ FusedPlan plan_fused(const SeparableProblem& p, int64_t outputs, int64_t residen
       q.stages = machine.sm >= 80 && beside(3) == beside(2) ? 3 : 2;
       plan.shared_bytes = map + staged_bytes(q, outputs, q.stages);
       estimate(plan, p, outputs, machine, beside(q.stages));
-      if (plan.us() < best.us()) best = plan;
+      if (plan.us() < kWorthwhile * best.us()) best = plan;
     }
   }
   return best;

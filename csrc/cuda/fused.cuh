@@ -85,7 +85,7 @@ class FusedBlock {
   __device__ void compute() {
     const int tiles = min(p_.tiles, (p_.outputs - output_ + kOutputs - 1) / kOutputs);
     const int stages = p_.stages, steps = tiles * chunks_;
-    const bool product_first = threadIdx.x / 128 % 2 == 1;
+    const bool product_first = threadIdx.x / 128 % 2 == 1, multiplies = has_pixels();
     Step now{-stages, 0};
     int slot = 0;  // the step modulo stages
     sums_.start();
@@ -111,12 +111,12 @@ class FusedBlock {
         for (int turn = 0; turn < 2; ++turn) {
           if ((turn == 0) != product_first) {
             if (step + 1 < chunks_) depthwise(step + 1, after);
-          } else if (step >= 0) {
+          } else if (step >= 0 && multiplies) {
             const Operand pixels = map(now.chunk), outputs = weight(slot);
             sums_.add(share(), kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, halves(now.chunk));
           }
         }
-        if (now.chunk == chunks_ - 1) {
+        if (now.chunk == chunks_ - 1 && multiplies) {
           store(output_ + now.tile * kOutputs);
           sums_.start();
         }
@@ -144,6 +144,16 @@ class FusedBlock {
     const int warp = threadIdx.x / 32;
     return kPixelsInner ? WarpTile{warp % kDown * 32, warp / kDown * Sums::kColumns}
                         : WarpTile{warp / 2 * 32, warp % 2 * Sums::kColumns};
+  }
+
+  // A warp without a pixel of the map has nothing to do: what it would write is never stored.
+  __device__ bool in_map(int row, int column) const {
+    return row_ + row < p_.rows.out && column_ + column < p_.columns.out;
+  }
+  // The first of the pixels that a warp multiplies is the highest and the leftmost.
+  __device__ bool has_pixels() const {
+    const int first = kPixelsInner ? share().column : share().row;
+    return in_map(first >> p_.tile_shift, first & ((1 << p_.tile_shift) - 1));
   }
 
   // Shared memory: the depthwise values of two chunks or of all, weights, then boxes and the taps of two chunks; these
@@ -292,6 +302,7 @@ class FusedBlock {
   __device__ void depthwise(int chunk, int slot) {
     const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads;
     const int row = group & ((1 << p_.height_shift) - 1), column = (group >> p_.height_shift) * kGroup;
+    if (!__any_sync(~0u, in_map(row, column))) return;
     float sum[kGroup][4];
     if constexpr (kTaps == 0) {
       add_any_taps(chunk, slot, quad, row, column, sum);

@@ -12,9 +12,15 @@ namespace dsconv::cuda {
 // Where the depthwise values are while they are multiplied: see fused.cuh.
 enum class Dataflow : uint8_t { accumulators, resident };
 
+// Positions of the input that are read, and pixels that are computed.
+struct FusedWork {
+  double positions, pixels;
+};
+
 // A problem cut into tiles, and estimates: of the arithmetic and what it reads, and of latencies.
 struct FusedPlan {
   FusedParameters parameters;
+  FusedWork map, tile;  // of all tiles of a map, and of the largest one
   int64_t blocks, shared_bytes;
   int threads;
   double busy_us, latency_us;

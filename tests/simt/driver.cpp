@@ -2,7 +2,7 @@
 // as tests/core writes it, and gets one line of answer: ok with what was counted (JSON), refused, or FAILED.
 //
 //   driver [--gpu N]           the lines of the standard input, launched as on N multiprocessors of an H100
-//   driver --record FILE       the same, and each launch to the file as simt.h says
+//   driver --record FILE N     the same in one order of threads, and each launch to the file as simt.h says
 //   driver --dry               the same lines: the kernel that each would launch; memory is never touched
 //   driver --plant BUG         a kernel of plants.cu or matrix_plants.cu, in three orders of threads
 //   driver --primitive NAME    a kernel of primitives.cu: words in from the standard input, words out (hexadecimal)
@@ -156,6 +156,7 @@ std::string check(const Row& row, const Spec& spec, simt::trace::Counts* counts)
   const Results expected = subject.expected();
   std::optional<Tensors> first;
   for (simt::Order order : kOrders) {
+    if (simt::record && order != simt::Order::forward) break;
     const std::string in_order = std::string(" (") + kOrderNames[static_cast<int>(order)] + " order)";
     simt::order = order;
     Tensors outputs = tensors_of(spec, true);
@@ -369,7 +370,7 @@ int main(int count, char** words) {
     if (option == "--choose-random")
       return choose_randomly(words[2], std::stoll(words[3]), std::stoull(words[4])) ? 0 : 1;
     if (option == "--record") simt::record = std::fopen(words[2], "w");
-    if (option == "--gpu") keep_multiprocessors(std::stoi(words[2]));
+    if (option == "--record" || option == "--gpu") keep_multiprocessors(std::stoi(words[count - 1]));
     for (std::string line; std::getline(std::cin, line);)
       good &= option == "--choose" ? choose_on_all(parse(line)) : option == "--dry" ? launch_dry(line) : answer(line);
     return good ? 0 : 1;

@@ -263,8 +263,7 @@ void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& th
   SIMT_UNPOISON(m.shared, kSharedTotal);
   SIMT_POISON(m.shared, kBand);
   SIMT_POISON(m.shared + kBand + grid.shared_bytes, kSharedTotal - kBand - grid.shared_bytes);
-  const bool recorded = record != nullptr && order == Order::forward;
-  if (recorded) {
+  if (record) {
     record_launch(kernel, grid);
     record_buffers("before");
   }
@@ -282,7 +281,7 @@ void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& th
     if (!m.failure.empty()) break;
   }
   trace::end();
-  if (recorded) record_buffers("after");
+  if (record) record_buffers("after");
   if (!m.failure.empty())
     throw Violation(std::string(kernel.name) + ", block " + std::to_string(blockIdx.x) + ": " + m.failure);
 }

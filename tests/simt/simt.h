@@ -45,7 +45,7 @@ struct Kernel {
 // Runs thread() once for every thread of the grid; throws Violation.
 void run(const Kernel& kernel, const Grid& grid, const std::function<void()>& thread);
 
-// Unless null: launches in forward order are written there for tests/ptx.py, with all buffers before and after.
+// Unless null: launches are written there for tests/ptx.py, with all buffers before and after.
 extern std::FILE* record;
 
 // Largest grid and shared memory of the runs so far, and the last kernel.
