@@ -2,7 +2,8 @@
 //
 // A vector holds neighbouring outputs of one row. Strips of one vector's width go down the plane: each row of gradients is
 // loaded once and multiplied by the rows of the input that its windows meet, into an accumulator for every tap; the lanes
-// are added at the end. Rows outside the tensor are left out; columns outside are never read, and lanes of zeros.
+// are added at the end. Rows outside the tensor are left out; columns outside are never read, and lanes of zeros times
+// gradients that are zero there.
 #pragma once
 
 #include "planes.h"
@@ -14,7 +15,7 @@ template <class T, int kTaps, int kStride>
 struct GradStrip {
   int64_t first;  // output
   bool inner;     // all lanes are outputs, and no column lies outside the tensor
-  Lanes<T> outputs, columns[kTaps][kStride];
+  Lanes<T> outputs, inside[kTaps], columns[kTaps][kStride];  // inside: of the outputs, those whose column is
 
   GradStrip(int64_t first, int64_t count, int64_t low, int64_t high, int64_t dilation) : first(first) {
     constexpr int kL = kLanes<T>;
@@ -22,6 +23,7 @@ struct GradStrip {
     outputs = {0, count};
     for (int t = 0; t < kTaps; ++t) {
       const int64_t from = low - t * dilation, to = min64(high - t * dilation, count * kStride);
+      inside[t] = {ceil_div(from, kStride), ceil_div(to, kStride)};
       for (int i = 0; i < kStride; ++i) columns[t][i] = {from - i * kL, to - i * kL};
     }
   }
@@ -57,7 +59,7 @@ static void grad_strip(const GradPiece<T>& piece, const GradStrip<T, kTaps, kStr
           const T* at = x + u * x_row + t * dilation + i * kL;
           part[i] = kInner ? load(at) : strip.columns[t][i].load(at);
         });
-        sum[u * kTaps + t] += every<kStride>(part) * g;
+        sum[u * kTaps + t] += every<kStride>(part) * (kInner ? g : strip.inside[t].of(g));
       });
     });
     x += x_step;
