@@ -47,6 +47,8 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_the_setting_is_that_of_each_call(allow, device, dtype, differentiated):
     """It reaches the operator where it means something: with float32 tensors of a GPU."""
+    if differentiated and device == "cuda" and not torch.backends.cuda.is_built():
+        pytest.skip("autograd of a torch built without CUDA crashes on fake CUDA tensors")
     options = {"device": device, "dtype": getattr(torch, dtype)}
     with FakeTensorMode(), Calls() as calls:
         x = torch.empty(1, 8, 5, 5, **options, requires_grad=differentiated)
