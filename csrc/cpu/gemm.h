@@ -75,27 +75,19 @@ template <bool kAcross = false, class T, class Y>
 static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth,
                            const Epilogue<T, Y>& e) {
   using Block = void (*)(const T*, int64_t, const T*, int64_t, const Epilogue<T, Y>&, int64_t);
-  static constexpr Block kBlocks[] = {
-      nullptr,
-      multiply_rows<T, Y, 1, kAcross>,
-      multiply_rows<T, Y, 2, kAcross>,
-      multiply_rows<T, Y, 3, kAcross>,
-      multiply_rows<T, Y, 4, kAcross>,
-      multiply_rows<T, Y, 5, kAcross>,
-      multiply_rows<T, Y, 6, kAcross>,
-#if DSCONV_VECTOR_BYTES == 64
-      multiply_rows<T, Y, 7, kAcross>,
-      multiply_rows<T, Y, 8, kAcross>,
-      multiply_rows<T, Y, 9, kAcross>,
-      multiply_rows<T, Y, 10, kAcross>,
-      multiply_rows<T, Y, 11, kAcross>,
-      multiply_rows<T, Y, 12, kAcross>,
-#endif
+  struct Blocks {
+    Block of[kMaxRows + 1];  // by rows
   };
+  static constexpr Blocks kBlocks = [] {
+    Blocks blocks{};
+    unroll<kMaxRows>([&]<int i>()
+                         __attribute__((always_inline)) { blocks.of[i + 1] = multiply_rows<T, Y, i + 1, kAcross>; });
+    return blocks;
+  }();
   int64_t done = 0;
   for (int64_t left = ceil_div(rows, kMaxRows); left > 0; --left) {
     const int64_t block = ceil_div(rows - done, left);
-    kBlocks[block](a, lda, panel, depth, e, done);
+    kBlocks.of[block](a, lda, panel, depth, e, done);
     done += block;
   }
 }

@@ -93,11 +93,13 @@ struct PlanesGradWeight {
     return kBlockBytes + piece_bytes<GradStrip<T, 7, 2>>(ceil_div(p.window.out[2], kL));
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    unroll<6>([&]<int i>() __attribute__((always_inline)) {
-      constexpr int kTaps = 3 + i / 2 * 2, kStride = 1 + i % 2;
-      if (p.window.taps[1] == kTaps && p.window.stride[1] == kStride)
-        launch_strips<kTaps, kStride>(p, runtime, workspace);
-    });
+    if constexpr (sizeof(S) == sizeof(T)) {
+      unroll<6>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int kTaps = 3 + i / 2 * 2, kStride = 1 + i % 2;
+        if (p.window.taps[1] == kTaps && p.window.stride[1] == kStride)
+          launch_strips<kTaps, kStride>(p, runtime, workspace);
+      });
+    }
   }
 
   // A task is a channel: all its planes, in their order.

@@ -210,12 +210,14 @@ struct Planes {
            piece_bytes<Piece>(out[1]) + piece_bytes<int64_t>(tiles(p, plan) + 1);
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    unroll<3>([&]<int i>() __attribute__((always_inline)) {
-      constexpr int kTaps = 3 + 2 * i;
-      if (p.window.taps[1] != kTaps) return;
-      if (kTransposed || p.window.stride[1] == 1) return launch_strips<kTaps, 1>(p, runtime, workspace);
-      if constexpr (!kTransposed) launch_strips<kTaps, 2>(p, runtime, workspace);
-    });
+    if constexpr (sizeof(S) == sizeof(T)) {
+      unroll<3>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int kTaps = 3 + 2 * i;
+        if (p.window.taps[1] != kTaps) return;
+        if (kTransposed || p.window.stride[1] == 1) return launch_strips<kTaps, 1>(p, runtime, workspace);
+        if constexpr (!kTransposed) launch_strips<kTaps, 2>(p, runtime, workspace);
+      });
+    }
   }
 
   template <int kTaps, int kStride>
