@@ -24,8 +24,8 @@ class _PackedModule(nn.Module):
 
     The packed form is used only while grad mode is off and nothing compiles, exports, traces or transforms; it is
     dropped by a forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like,
-    copy and pickle. Writes that leave no trace on a parameter (``param.data``, without any of these in between) need
-    `repack`.
+    copy and pickle. Writes that leave no trace on a parameter (through ``param.data``, or to a parameter that was made in
+    inference mode, without any of these in between) need `repack`.
     """
 
     _packed: Kept | None = None
@@ -33,8 +33,8 @@ class _PackedModule(nn.Module):
     def repack(self) -> None:
         """Forget the packed form: the next forward makes it anew.
 
-        Needed only after a write to a parameter that PyTorch does not track, such as ``weight.data.mul_(2)``, between
-        two forwards without grad mode.
+        Needed only after a write to a parameter that PyTorch does not track, between two forwards without grad mode:
+        ``weight.data.mul_(2)``, or ``weight.mul_(2)`` where the parameter was made in inference mode.
         """
         self._packed = None
 

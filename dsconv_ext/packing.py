@@ -42,7 +42,7 @@ class Kept:
     """A value, and marks of the tensors and settings it was made from; no pytree, so that export does not look inside.
 
     Marks show that a tensor was replaced, moved, resized or written to in place, and that an optimizer took a step. A
-    write through ``.data`` leaves none.
+    write through ``.data`` leaves none, nor does one to a tensor that was made in inference mode: it has no version.
     """
 
     __slots__ = ("_marks", "_settings", "_steps", "value")
@@ -52,7 +52,7 @@ class Kept:
         self._settings = settings
         self._steps = _optimizer_steps.count
         # The alias keeps the memory, so that its address stays unique.
-        self._marks = [None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources]
+        self._marks = [None if t is None else (t, _version(t), t.data_ptr(), t.detach()) for t in sources]
 
     def is_current(self, sources: Sources, settings: Any) -> bool:
         """Whether the same would be made from these."""
@@ -62,14 +62,19 @@ class Kept:
             if tensor is None or mark is None:
                 if tensor is not mark:
                     return False
-            elif tensor is not mark[0] or tensor._version != mark[1] or tensor.data_ptr() != mark[2]:
+            elif tensor is not mark[0] or _version(tensor) != mark[1] or tensor.data_ptr() != mark[2]:
                 return False
         return True
 
 
+def _version(tensor: Tensor) -> int | None:
+    """Counts the writes to a tensor, but for those in inference mode to one that was made there."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def can_be_marked(sources: Sources) -> bool:
-    """Whether changes of these tensors can be seen: they are no subclasses, and no inference tensors."""
-    return all(t is None or (type(t) in (nn.Parameter, Tensor) and not t.is_inference()) for t in sources)
+    """Whether these are tensors whose changes can be seen: no subclasses."""
+    return all(t is None or type(t) in (nn.Parameter, Tensor) for t in sources)
 
 
 def is_plain(x: Any, residual: Any = None) -> bool:

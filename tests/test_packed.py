@@ -89,6 +89,25 @@ def test_modules_use_them_in_inference(kind, monkeypatch):
 
 
 @kinds
+def test_modules_made_in_inference_mode_use_them_too(kind, monkeypatch):
+    x = torch.randn(2, 8, 9, 9)
+    with torch.inference_mode():
+        module, other = modules()[kind].eval(), modules()[kind].eval()
+        with monkeypatch.context() as unpacked:
+            unpacked.setattr(nn, "is_plain", lambda *_: False)
+            expected = [m(x) for m in (module, other)]
+        monkeypatch.setattr(functional, "_depthwise", refuse)
+        monkeypatch.setattr(functional, "_separable", refuse)
+        torch.testing.assert_close(module(x), expected[0])
+        module.load_state_dict(other.state_dict())
+        torch.testing.assert_close(module(x), expected[1])
+        for parameter in module.parameters():
+            parameter.zero_()  # nothing shows that
+        module.repack()
+        assert not module(x).any()
+
+
+@kinds
 @pytest.mark.parametrize(
     "change",
     [
