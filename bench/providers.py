@@ -183,19 +183,29 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 class _Stage:
     """A convolution of PyTorch and the activation after it; forward, and backward from what autograd would save."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: tuple[str, float], where: Any, groups: int):
-        self.weight, self.bias, self.groups = weight, bias, groups
-        self.stride, padding, self.dilation = where
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        activation: tuple[str, float],
+        where: Any,
+        groups: int,
+    ) -> None:
+        stride, padding, dilation = where
         self.uneven = padding if any(low != high for low, high in padding) else None
-        self.padding = [0 if self.uneven else low for low, _ in padding]
+        even = tuple(0 if self.uneven else low for low, _ in padding)
+        channels, kernel = (weight.size(1) * groups, weight.size(0)), tuple(weight.shape[2:])
+        make: Any = getattr(nn, f"Conv{len(kernel)}d")
+        self.conv = make(*channels, kernel, stride, even, dilation, groups, device="meta")
+        self.conv.register_parameter("weight", weight)
+        self.conv.register_parameter("bias", bias)
         (self.activate, self.derive), self.parameter = ACTIVATIONS[activation[0]], activation[1]
-        self.convolve = oracle.CONV[weight.dim() - 2]
 
     def pad(self, x: Tensor) -> Tensor:
         return x if self.uneven is None else oracle.pad(x, self.uneven)
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.convolve(self.pad(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.conv(self.pad(x))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.sum(x)
@@ -215,14 +225,14 @@ class _Stage:
         x_grad, weight_grad, bias_grad = aten.convolution_backward(
             g,
             self.x,
-            self.weight,
-            [self.weight.size(0)],
-            self.stride,
-            self.padding,
-            self.dilation,
+            self.conv.weight,
+            [self.conv.out_channels],
+            self.conv.stride,
+            self.conv.padding,
+            self.conv.dilation,
             False,
-            [0] * len(self.padding),
-            self.groups,
+            [0] * len(self.conv.padding),
+            self.conv.groups,
             [need_x, need_weight, need_bias],
         )
         if self.uneven is not None and need_x:
@@ -231,18 +241,22 @@ class _Stage:
 
 
 def composition(case: Case, pass_name: str, given: dict[str, Tensor], g: Tensor) -> Work:
-    """PyTorch's own operators in eager mode; the backward pass finds the map between the stages saved."""
+    """PyTorch's own modules and operators in eager mode; the backward pass finds the map between the stages saved."""
     given = {name: arrange(t, case.layout) if "weight" in name else t for name, t in given.items()}
     if pass_name == "step":
         given = _leaves(case, given)
     x, residual = given["x"], given.get("residual")
-    prefix, last = ("", case.activation) if case.op == "dw" else ("depthwise_", case.mid)
-    first = _Stage(given[f"{prefix}weight"], given.get(f"{prefix}bias"), last, case.geometry, case.channels)
+    prefix, last = ("", case.activation) if case.op == "dw" else ("depthwise", case.mid)
+
+    def stage(prefix: str, *settings: Any) -> _Stage:
+        weight, bias = (_parameter(given, f"{prefix}_{name}".lstrip("_")) for name in ("weight", "bias"))
+        return _Stage(weight, bias, *settings)
+
+    first = stage(prefix, last, case.geometry, case.channels)
     second = None
     if case.op == "sep":
         ones, none = (1,) * case.spatial, ((0, 0),) * case.spatial
-        weight, bias = given["pointwise_weight"], given.get("pointwise_bias")
-        second = _Stage(weight, bias, case.activation, (ones, none, ones), 1)
+        second = stage("pointwise", case.activation, (ones, none, ones), 1)
 
     def forward() -> Tensor:
         return first.forward(x) if second is None else second.forward(first.forward(x), residual)
