@@ -24,7 +24,7 @@ class _PackedModule(nn.Module):
 
     The packed form is used only while grad mode is off and nothing compiles, exports, traces or transforms; it is
     dropped by a forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like,
-    copy and pickle. Writes that leave no trace on a parameter (through ``param.data``, or to a parameter that was made in
+    copy and pickle. Writes that leave no trace on a parameter (through ``param.data``, or to one that was made in
     inference mode, without any of these in between) need `repack`.
     """
 

@@ -223,6 +223,17 @@ def test_traffic(dtype, name, size, tile, outputs, halo, of_block):
     assert counts["largest_access"] == 16
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", ["fused_nhwc_k3s1", "fused_nchw_k3s1", "resident_nhwc_k3s1"])
+def test_warps_without_a_pixel_do_nothing(name, dtype):
+    """The second of two tiles has pixels for one of its four warps that share outputs: what they read from shared memory
+    is 5 eighths of what two whole tiles read, and what all threads copy for them."""
+    row, outputs = f"separable_fwd_{name}_cuda", 256 if "resident" in name else 64
+    part, whole = (count(row, size, 64, outputs, dtype) for size in ((9, 16), (16, 16)))
+    assert part["blocks"] == whole["blocks"] == 2
+    assert part["wavefronts"] <= 0.65 * whole["wavefronts"]
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_what_a_row_cannot_run_it_refuses_in_words(row):
     channels_last, taps, stride = parts_of(row)

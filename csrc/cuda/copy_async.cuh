@@ -7,6 +7,12 @@
 
 namespace dsconv::cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kAsynchronousCopies = false;
+#else
+constexpr bool kAsynchronousCopies = true;
+#endif
+
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

@@ -149,7 +149,7 @@ struct Nchw {
 
   static NchwTiling tiling(const DepthwiseProblem& p) {
     // The widest window behind the last column is read too.
-    return {p,     kStride,        kRowsOf<kTaps, kStride>, 1, 1, 1, kTapPitch<kTaps>, 16,
+    return {p,     kStride,        kRowsOf<kTaps, kStride>, 1, 1, 1, 1, kTapPitch<kTaps>, 16,
             kTaps, kSquareThreads, NchwTiling::kSharedBytes};
   }
   static NchwParameters parameters(const DepthwiseProblem& p, int multiprocessors) {

@@ -13,6 +13,9 @@ namespace dsconv::cuda {
 constexpr int kOutputs = 7;   // common feature maps have a multiple of it, and words 7 apart are in different banks
 constexpr int kMostTaps = 4;  // one vector of them in registers; more make much more code for little
 
+// The largest power of two that divides a number.
+DSCONV_HD constexpr int power_of_two_in(int number) { return number & -number; }
+
 struct NchwAnyParameters : NchwParameters {
   Axis along, across;
   int outputs;                            // of a lane, at most kOutputs: fewer where a tile would not fit otherwise
@@ -41,11 +44,11 @@ class NchwAny : NchwBlock<NchwAnyParameters, kStride> {
 
   __device__ void compute() {
     const auto lane = this->lane();
-    int row = lane.chunk * p_.lines, column = 0;
+    int row = 0, column;
     if (p_.is_row) {
-      column = column_of(lane.index);
+      column = column_of(lane.group, lane.index);
     } else {
-      row += lane.index / p_.columns;
+      row = lane.group * p_.lines + lane.index / p_.columns;
       column = lane.index % p_.columns;
     }
     const bool exists = lane.plane < this->planes_ && lane.index < p_.lanes_used;
@@ -70,11 +73,10 @@ class NchwAny : NchwBlock<NchwAnyParameters, kStride> {
   __device__ static int smaller(int a, int b) { return a < b ? a : b; }
 
   // The first output of a lane of a row. Lanes whose outputs lie a power of two apart are neighbours, and those that are
-  // kOutputs times an odd number of these apart: all in different banks.
-  __device__ int column_of(int lane) const {
-    const int dilation = p_.along.dilation, neighbours = dilation & -dilation;
-    const int lanes = p_.lanes_used / dilation * neighbours, in_group = lane % lanes;
-    return lane / lanes * neighbours + lane % neighbours + in_group / neighbours * (p_.outputs * dilation);
+  // an odd number of these apart: all in different banks.
+  __device__ int column_of(int group, int lane) const {
+    const int dilation = p_.along.dilation, neighbours = power_of_two_in(dilation);
+    return group * neighbours + lane % neighbours + lane / neighbours * (p_.outputs * dilation);
   }
   // How many outputs of the tile a lane has that begins at these.
   __device__ int outputs_from(int row, int column) const {
@@ -174,6 +176,7 @@ struct NchwAnyRow {
     return {p,
             kStride,
             is_row(p) ? 1 : q.outputs * dilation,
+            is_row(p) ? dilation / power_of_two_in(dilation) : 1,
             is_row(p) ? 1 : dilation,
             is_row(p) ? q.outputs : 1,
             is_row(p) ? dilation : 1,
@@ -189,7 +192,8 @@ struct NchwAnyRow {
     int64_t blocks;
   };
 
-  // Of lanes with fewer and fewer outputs, those whose smallest tiles copy the least.
+  // Of lanes with fewer and fewer outputs, those whose smallest tiles copy the least, and of several such those that
+  // issue the fewest instructions, whole segments of a warp at a time.
   static Launch launch_of(const DepthwiseProblem& p, int multiprocessors) {
     const Window& w = p.window;
     const int dim = is_row(p) ? 2 : 1;
@@ -203,17 +207,18 @@ struct NchwAnyRow {
     q.parity_pitch = groups * kMostTaps;
     q.taps_across_pitch = kStride * q.parity_pitch;
     Launch best{q, 0};
-    int64_t least = 0;
+    std::pair<int64_t, int64_t> least;
     for (int outputs = kOutputs; outputs > 0; outputs -= 2) {
       q.outputs = outputs;
       const NchwTiling t = tiling(p, q);
       static_cast<NchwParameters&>(q) = t.smallest();
       if (q.planes == 0) continue;
-      const int64_t copied = t.blocks_of(q) * q.in.at(1);
-      if (best.q.planes > 0 && copied >= least) continue;
+      const int64_t lanes = t.blocks_of(q) * q.chunks * q.groups * q.warps_across * q.lanes;
+      const int64_t inputs = outputs + q.group - 1, issued = inputs * (1 + q.group);  // of a group of taps
+      const std::pair<int64_t, int64_t> cost{t.blocks_of(q) * q.in.plane_pitch, lanes * issued};
+      if (best.q.planes > 0 && cost >= least) continue;
       best.q = q;
-      least = copied;
-      if (q.column_tiles == 1 && outputs == kOutputs) break;
+      least = cost;
     }
     if (best.q.planes == 0) return best;
     const NchwTiling t = tiling(p, best.q);

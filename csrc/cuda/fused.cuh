@@ -68,6 +68,9 @@ class FusedBlock {
   static constexpr int kQuads = kSlab / 4;   // threads across the channels of a chunk
   static constexpr int kGroup = kQuads / 2;  // pixels of a thread, side by side
   static constexpr int kWeightBytes = kOutputs * kRowBytes;
+  // Copies of a thread that wait in registers while it multiplies, where copies are not asynchronous: most of a window of
+  // stride 1.
+  static constexpr int kHeldBoxes = kStride == 2 ? 1 : 2, kHeldWeights = kOutputs / 64;
   using Sums = Product<F, kOutputs / 2, kPixelsInner>;
 
  public:
@@ -102,19 +105,32 @@ class FusedBlock {
         __syncthreads();
       }
       const int before = slot == 0 ? stages - 1 : slot - 1, after = slot == stages - 1 ? 0 : slot + 1;
-      load_weight(now.ahead(stages - 1, chunks_), tiles, before);
-      load_box(step + stages, slot);
-      commit_copies();
+      HeldCopies<kHeldBoxes> of_box;
+      HeldCopies<kHeldWeights> of_weight;
+      const auto load = [&] {
+        of_weight.start();
+        load_weight(now.ahead(stages - 1, chunks_), tiles, before, of_weight);
+        of_box.start();
+        load_box(step + stages, slot, of_box);
+        commit_copies();
+      };
+      if constexpr (kAsynchronousCopies) load();
       load_taps(step + 2);
-      if (step >= -1) {
+      // Where copies are not asynchronous, a round begins them in the turn of the product.
+      if (!kAsynchronousCopies || step >= -1) {
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) {
           if ((turn == 0) != product_first) {
-            if (step + 1 < chunks_) depthwise(step + 1, after);
-          } else if (step >= 0 && multiplies) {
+            if (exists(step + 1)) depthwise(step + 1, after);
+            continue;
+          }
+          if constexpr (!kAsynchronousCopies) load();
+          if (step >= 0 && multiplies) {
             const Operand pixels = map(now.chunk), outputs = weight(slot);
             sums_.add(share(), kPixelsInner ? outputs : pixels, kPixelsInner ? pixels : outputs, halves(now.chunk));
           }
+          of_box.put(shared_);
+          of_weight.put(shared_);
         }
         if (now.chunk == chunks_ - 1 && multiplies) {
           store(output_ + now.tile * kOutputs);
@@ -214,57 +230,62 @@ class FusedBlock {
 
   // Of positions outside the map, and of channels that do not exist, nothing is written: nobody reads the former, and
   // what becomes of the latter is replaced.
-  __device__ void load_box(int chunk, int slot) {
+  __device__ void load_box(int chunk, int slot, HeldCopies<kHeldBoxes>& copies) {
     const int first = chunk * kSlab;
     if (!exists(chunk)) return;
     const Clipped rows(top(), p_.box_rows, p_.rows.in), columns(left(), p_.box_columns, p_.columns.in);
     if (rows.count == 0 || columns.count == 0) return;
     const int down = rows.begin - top(), across = columns.begin - left();
-    unsigned char* const to = box(slot);
+    const int to = static_cast<int>(box(slot) - shared_);
     const S* const x =
         static_cast<const S*>(p_.x.data) + image_ * p_.x.image + rows.begin * p_.x.row + columns.begin * p_.x.column;
-    const auto visit = [&](int row, int column, int u) {
-      const int channel = first + u * kVector;
+    for_box<copies.kHeld>(rows.count, columns.count, [&](int row, int column, int u, int i) {
+      const int channel = first + u * kVector, at = to + box_at(row + down, column + across, 16 * u);
       if (channel >= p_.channels) return;
-      auto* const unit = reinterpret_cast<uint4*>(to + box_at(row + down, column + across, 16 * u));
       const S* const from = x + row * p_.x.row + column * p_.x.column;
       if (p_.wide_input) {
-        copy_async_16(unit, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
+        copies.copy(i, shared_, at, from + channel, min(kVector, p_.channels - channel) * int{sizeof(S)});
       } else {
         int source = channel / p_.multiplier, of_source = channel % p_.multiplier;
-        gather(unit, p_.channels - channel, [&](int) {
-          const S* const at = from + source * p_.x.channel;
+        gather(reinterpret_cast<uint4*>(shared_ + at), p_.channels - channel, [&](int) {
+          const S* const value = from + source * p_.x.channel;
           of_source = of_source + 1 == p_.multiplier ? 0 : of_source + 1;
           source += of_source == 0;
-          return at;
+          return value;
         });
       }
-    };
+    });
+  }
+  // Visits the units of so many positions in the order of memory: see for_stream.
+  template <int kFirst, class Visit>
+  __device__ static void for_box(int rows, int columns, Visit visit) {
     if constexpr (kPixelsInner) {
-      for_stream(kUnits, rows.count, columns.count, [&](int u, int row, int column) { visit(row, column, u); });
+      for_stream<kFirst>(kUnits, rows, columns, [&](int u, int row, int column, int i) { visit(row, column, u, i); });
     } else {
-      for_stream(rows.count, columns.count, kUnits, visit);
+      for_stream<kFirst>(rows, columns, kUnits, visit);
     }
   }
 
   // Zeros for the channels that do not exist. What outputs that do not exist would be is never stored.
-  __device__ void load_weight(const Step& step, int tiles, int slot) {
+  __device__ void load_weight(const Step& step, int tiles, int slot, HeldCopies<kHeldWeights>& copies) {
     if (step.chunk < 0 || step.tile >= tiles) return;
     const int first = step.chunk * kSlab, start = output_ + step.tile * kOutputs;
     const int outputs = min(p_.outputs - start, kOutputs), units = kUnits / 2 * halves(step.chunk);
     const Operand to = weight(slot);
     const S* const from = static_cast<const S*>(p_.weight) + start * p_.weight_output;
-    for (int i = threadIdx.x; i < outputs * kUnits; i += blockDim.x) {
-      const int output = i / kUnits, u = i % kUnits, channel = first + u * kVector;
-      if (u >= units) continue;
+    for_stream<copies.kHeld>(outputs * kUnits, [&](int unit, int i) {
+      const int output = unit / kUnits, u = unit % kUnits, channel = first + u * kVector;
+      if (u >= units) return;
       const S* const row = from + output * p_.weight_output;
       const int count = max(0, min(kVector, p_.channels - channel));
+      uint4* const at = to.unit(output, u);
       if (p_.wide_weight) {
-        copy_async_16(to.unit(output, u), row + (count ? channel : 0), count * int{sizeof(S)});
+        const int offset = static_cast<int>(reinterpret_cast<unsigned char*>(at) - shared_);
+        copies.copy(i, shared_, offset, row + (count ? channel : 0), count * int{sizeof(S)});
       } else {
-        gather(to.unit(output, u), count, [&](int c) { return row + (channel + c) * p_.weight_channel; });
+        gather(at, count, [&](int c) { return row + (channel + c) * p_.weight_channel; });
       }
-    }
+    });
   }
 
   __device__ void load_taps(int chunk) {
@@ -501,10 +522,13 @@ class FusedBlock {
 
 // Threads that the registers of a multiprocessor hold: with 128 each, or with twice as many where that would not do.
 template <class F, int kOutputs, int kTaps>
-constexpr int kResidentThreads = kOutputs == 128 && (__is_same(F, float) || kTaps >= 7) ? 256 : 512;
+constexpr int resident_threads(bool asynchronous_copies) {
+  return kOutputs == 128 && (__is_same(F, float) || kTaps >= 7 || !asynchronous_copies) ? 256 : 512;
+}
 
 template <class F, int kOutputs, int kTaps, int kStride, bool kPixelsInner>
-__global__ void __launch_bounds__(kMostThreads, kResidentThreads<F, kOutputs, kTaps> / kMostThreads)
+__global__ void __launch_bounds__(kMostThreads,
+                                  (resident_threads<F, kOutputs, kTaps>(kAsynchronousCopies) / kMostThreads))
     fused_forward(const FusedParameters p) {
   FusedBlock<F, kOutputs, kTaps, kStride, kPixelsInner>(p, shared_memory<unsigned char>()).compute();
 }

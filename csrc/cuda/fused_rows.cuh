@@ -57,8 +57,8 @@ struct Fused {
   }
   template <class F, int kOutputs>
   static Choice choice(const SeparableProblem& p, const Machine& machine) {
-    constexpr int kThreads = kResidentThreads<F, kOutputs, kTaps>;
-    return {plan_fused(p, kOutputs, kThreads, kPixelsInner, kDataflow, machine), launch_plan<F, kOutputs>};
+    const int threads = resident_threads<F, kOutputs, kTaps>(machine.sm >= 80);
+    return {plan_fused(p, kOutputs, threads, kPixelsInner, kDataflow, machine), launch_plan<F, kOutputs>};
   }
   template <class F>
   static Choice best(const SeparableProblem& p, const Machine& machine) {

@@ -15,8 +15,9 @@ struct NchwParameters : RowParameters {
   int row_tiles, column_tiles;
   int box_height, box_width;       // those of a box that exist are copied
   int chunks, lines, columns;      // of a tile; a chunk is so many rows of outputs
-  int lanes_used;                  // lanes of a chunk of a plane
-  int lanes, warps, warps_across;  // the same in whole segments of a warp, warps of a chunk, warps of one plane
+  int groups;                      // of the lanes of a chunk, in warps of their own
+  int lanes_used;                  // lanes of a group of a plane
+  int lanes, warps, warps_across;  // the same in whole segments of a warp, warps of a group, warps of one plane
   int apart;                       // the planes of a warp
   int half;                        // stride 2: from the even values of the box to the odd ones
   int taps_pitch, box;             // floats of a plane's taps, of the box
@@ -33,7 +34,7 @@ class NchwBlock {
   // place(u, t) is where tap t of row u of a filter lies among the taps of its plane, or negative for none.
   template <class Place>
   __device__ void load(int taps_down, int taps_across, Place place_of_tap) {
-    for_stream(planes_, taps_down, taps_across, [&](int plane, int u, int t) {
+    for_stream(planes_, taps_down, taps_across, [&](int plane, int u, int t, int) {
       const int at = place_of_tap(u, t);
       if (at < 0) return;
       taps_[plane * p_.taps_pitch + at] =
@@ -82,16 +83,16 @@ class NchwBlock {
         });
   }
 
-  // The plane and the chunk of this thread, and which of the chunk's lanes it is.
+  // The plane and the group of this thread, of all groups of all chunks, and which of the group's lanes it is.
   struct Lane {
-    int plane, chunk, index;
+    int plane, group, index;
   };
   __device__ Lane lane() const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int chunk = warp / p_.warps, in_chunk = warp % p_.warps, plane_warp = in_chunk / p_.warps_across;
+    const int group = warp / p_.warps, in_group = warp % p_.warps, plane_warp = in_group / p_.warps_across;
     const int segments = kWarp / p_.lanes;
-    return {plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart, chunk,
-            in_chunk % p_.warps_across * kWarp + lane % p_.lanes};
+    return {plane_warp / p_.apart * (p_.apart * segments) + lane / p_.lanes * p_.apart + plane_warp % p_.apart, group,
+            in_group % p_.warps_across * kWarp + lane % p_.lanes};
   }
 
   __device__ Clipped rows_of_box() const { return {row_ * kStride - p_.pad_row, p_.box_height, p_.height}; }
@@ -140,6 +141,7 @@ struct NchwTiling {
   const DepthwiseProblem& p;
   int stride;
   int lines;          // rows of outputs of a chunk
+  int groups;         // of lanes of a chunk
   int phases;         // a lane has a column of one of so many neighbouring rows,
   int line;           // or so many outputs of one row,
   int line_dilation;  // this far apart
@@ -153,7 +155,7 @@ struct NchwTiling {
   static constexpr int64_t kSharedBytes = 31 << 10;  // two blocks fit every architecture's multiprocessor
 
   int64_t lanes_of(int64_t columns) const {
-    return phases * line_dilation * ceil_div(columns, int64_t{line} * line_dilation);
+    return phases * line_dilation / groups * ceil_div(columns, int64_t{line} * line_dilation);
   }
   int64_t reach(int dim, int64_t outputs) const {
     return input_extent(outputs, p.window.taps[dim], stride, p.window.dilation[dim]);
@@ -174,6 +176,7 @@ struct NchwTiling {
     q.planes = narrow(planes);
     q.slabs = narrow(ceil_div(p.channels, planes));
     q.lines = lines;
+    q.groups = groups;
     q.taps_pitch = taps_pitch;
     const int64_t all_chunks = ceil_div(w.out[1], lines);
     q.row_tiles = narrow(ceil_div(all_chunks, chunks));
@@ -230,13 +233,13 @@ struct NchwTiling {
   static int64_t shared_bytes(const NchwParameters& q) {
     return (q.planes * q.taps_pitch + round_up(q.planes, 4) + q.box) * int64_t{sizeof(float)};
   }
-  static int threads_of(const NchwParameters& q) { return q.chunks * q.warps * kWarp; }
+  static int threads_of(const NchwParameters& q) { return q.chunks * q.groups * q.warps * kWarp; }
   int64_t blocks_of(const NchwParameters& q) const { return p.batch * q.slabs * q.row_tiles * q.column_tiles; }
 
   // The tile of one chunk of one plane of which the fewest make a row, or of no plane: none fits.
   NchwParameters smallest() const {
     const int64_t width = p.window.out[2];
-    for (int64_t tiles = ceil_div(lanes_of(width), most_threads);; ++tiles) {
+    for (int64_t tiles = ceil_div(groups * lanes_of(width), most_threads);; ++tiles) {
       NchwParameters q = tiled(1, tiles, 1);
       if (threads_of(q) <= most_threads && shared_bytes(q) <= most_bytes) return q;
       if (tiles * column_step >= width) {

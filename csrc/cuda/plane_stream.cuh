@@ -10,14 +10,13 @@
 namespace dsconv::cuda {
 
 // Visits the units of planes x rows x length in the order of memory, the block's threads side by side: no division but
-// for the first.
-template <class Visit>
+// for the first. The last argument counts a thread's visits up to kFirst, and is a constant of the compiler's.
+template <int kFirst = 0, class Visit>
 __device__ inline void for_stream(int planes, int rows, int length, Visit visit) {
   const int step = blockDim.x, size = rows * length;
   const int step_plane = step / size, step_row = step % size / length, step_column = step % length;
   int plane = threadIdx.x / size, row = threadIdx.x % size / length, column = threadIdx.x % length;
-  while (plane < planes) {
-    visit(plane, row, column);
+  const auto advance = [&] {
     column += step_column;
     row += step_row;
     plane += step_plane;
@@ -29,8 +28,56 @@ __device__ inline void for_stream(int planes, int rows, int length, Visit visit)
       row -= rows;
       ++plane;
     }
+  };
+#pragma unroll
+  for (int i = 0; i < kFirst; ++i, advance()) {
+    if (plane < planes) visit(plane, row, column, i);
   }
+  for (; plane < planes; advance()) visit(plane, row, column, kFirst);
 }
+
+// The same for units in a single row.
+template <int kFirst = 0, class Visit>
+__device__ inline void for_stream(int length, Visit visit) {
+  int unit = threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kFirst; ++i, unit += blockDim.x) {
+    if (unit < length) visit(unit, i);
+  }
+  for (; unit < length; unit += blockDim.x) visit(unit, kFirst);
+}
+
+// A thread's copies of 16 bytes to shared memory. Where copies are not asynchronous, the first kMost stay in registers
+// until put(), and the thread does not wait for the data before that.
+template <int kMost>
+class HeldCopies {
+ public:
+  static constexpr int kHeld = kAsynchronousCopies ? 0 : kMost;
+
+  __device__ void start() {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) to_[i] = -1;
+  }
+  // The i-th since start(), a constant: the arrays are registers.
+  __device__ void copy(int i, unsigned char* shared, int to, const void* global, int bytes) {
+    if (i < kHeld && bytes == 16) {
+      data_[i] = __ldg(static_cast<const uint4*>(global));
+      to_[i] = to;
+    } else {
+      copy_async_16(shared + to, global, bytes);
+    }
+  }
+  __device__ void put(unsigned char* shared) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (to_[i] >= 0) *reinterpret_cast<uint4*>(shared + to_[i]) = data_[i];
+    }
+  }
+
+ private:
+  uint4 data_[kHeld > 0 ? kHeld : 1];
+  int to_[kHeld > 0 ? kHeld : 1];  // bytes of shared memory, or negative for no copy
+};
 
 // How planes of rows x width values lie in global memory and in shared memory (pitches in floats).
 struct Planes {
@@ -106,7 +153,7 @@ __device__ inline int stream_planes(const Planes& q, const void* data, int64_t f
   }
   const int end = lead + width * planes_of_run;
   const int length = q.with_gaps && pitch > end ? pitch : end;
-  for_stream(runs, rows, (length + unit - 1) / unit, [&](int run, int row, int index) {
+  for_stream(runs, rows, (length + unit - 1) / unit, [&](int run, int row, int index, int) {
     const int plane = run * planes_of_run, column = unit * index - lead;
     const int count = width * (planes - plane < planes_of_run ? planes - plane : planes_of_run);
     const int64_t global = first + plane * q.plane + row * q.row + column;

@@ -5,6 +5,8 @@
 
 namespace dsconv::cuda {
 
+constexpr bool kAsynchronousCopies = true;
+
 __attribute__((always_inline)) inline void copy_async(float* shared, const float* global) {
   simt::copy_async(shared, global, sizeof *shared, sizeof *shared);
 }
