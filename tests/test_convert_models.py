@@ -80,7 +80,7 @@ FULL_SIZE = {
     "xcit_nano_12_p16_224",
     "coatnet_nano_rw_224",
 }
-# PyTorch's own gradient of a BatchNorm is wrong on a CPU for one image whose upstream gradient is permuted (torch 2.14.1).
+# Of one image with a permuted upstream gradient PyTorch computes a wrong gradient of a BatchNorm (torch 2.14.1, CPU).
 NEVER_ALONE = {"xcit_nano_12_p16_224"}
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, timm.layers.GELU, timm.layers.GELUTanh)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)

@@ -226,8 +226,8 @@ def test_traffic(dtype, name, size, tile, outputs, halo, of_block):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", ["fused_nhwc_k3s1", "fused_nchw_k3s1", "resident_nhwc_k3s1"])
 def test_warps_without_a_pixel_do_nothing(name, dtype):
-    """The second of two tiles has pixels for one of its four warps that share outputs: what they read from shared memory
-    is 5 eighths of what two whole tiles read, and what all threads copy for them."""
+    """The second of two tiles has pixels for one warp of four: they read 5 eighths of what two whole tiles read from
+    shared memory, but for what all threads copy."""
     row, outputs = f"separable_fwd_{name}_cuda", 256 if "resident" in name else 64
     part, whole = (count(row, size, 64, outputs, dtype) for size in ((9, 16), (16, 16)))
     assert part["blocks"] == whole["blocks"] == 2
