@@ -76,7 +76,7 @@ class Weights:
     """The folded weights of some stages, and their packed form, kept between calls without gradients.
 
     They are made anew once a parameter or buffer was replaced, moved or written to, after a step of any optimizer and
-    after `forget`. A write through ``.data`` leaves none of these traces.
+    after `forget`. A write through ``.data`` leaves none of these traces, nor one to a tensor made in inference mode.
     """
 
     def __init__(self, stages: Sequence[Stage], fuse: str = "auto") -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import dsconv_ext
 from convertible import Block, Residual, assert_same, chain_runs, eval_block, image, reason, status
-from dsconv_ext import convert, revert
+from dsconv_ext import chains, convert, revert
 from dsconv_ext.__main__ import main
 
 
@@ -543,3 +543,21 @@ def test_convert_report_on_the_command_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["convert-report", "mobilenet_v2"])
     assert "model: got 'mobilenet_v2', expected timm:NAME or MODULE:NAME" in capsys.readouterr().err
+
+
+def test_networks_made_in_inference_mode_keep_their_weights(monkeypatch):
+    """And renew them after the statistics of a part were taken anew."""
+    with torch.inference_mode():
+        inner = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        model = nn.Sequential(nn.Sequential(inner)).eval()
+        converted, x = convert(model), torch.randn(2, 8, 7, 7)
+        torch.testing.assert_close(converted(x), model(x))
+        with monkeypatch.context() as kept:
+            kept.delattr(chains.Weights, "_fold")
+            converted(x)
+        for network in (model, converted):
+            part = network[0][0]
+            part.train()
+            network(x)
+            part.eval()
+        torch.testing.assert_close(converted(x), model(x))
