@@ -45,31 +45,28 @@ class Kept:
     write through ``.data`` leaves none, nor does one to a tensor that was made in inference mode: it has no version.
     """
 
-    __slots__ = ("_marks", "_settings", "_steps", "value")
+    __slots__ = ("_addresses", "_aliases", "_objects", "_settings", "_steps", "_tensors", "_versioned", "_versions", "value")
 
     def __init__(self, sources: Sources, settings: Any, value: Any) -> None:
         self.value = value
         self._settings = settings
         self._steps = _optimizer_steps.count
-        # The alias keeps the memory, so that its address stays unique.
-        self._marks = [None if t is None else (t, _version(t), t.data_ptr(), t.detach()) for t in sources]
+        self._tensors = [t for t in sources if t is not None]
+        self._objects = [*map(id, sources)]
+        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._aliases = [t.detach() for t in self._tensors]  # keep the memory, so that its address stays unique
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versions = [t._version for t in self._versioned]
 
     def is_current(self, sources: Sources, settings: Any) -> bool:
         """Whether the same would be made from these."""
-        if self._steps != _optimizer_steps.count or self._settings != settings:
-            return False
-        for tensor, mark in zip(sources, self._marks, strict=True):
-            if tensor is None or mark is None:
-                if tensor is not mark:
-                    return False
-            elif tensor is not mark[0] or _version(tensor) != mark[1] or tensor.data_ptr() != mark[2]:
-                return False
-        return True
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts the writes to a tensor, but for those in inference mode to one that was made there."""
-    return None if tensor.is_inference() else tensor._version
+        return (
+            self._steps == _optimizer_steps.count
+            and [*map(id, sources)] == self._objects
+            and [t.data_ptr() for t in self._tensors] == self._addresses
+            and [t._version for t in self._versioned] == self._versions
+            and self._settings == settings
+        )
 
 
 def can_be_marked(sources: Sources) -> bool:

@@ -39,13 +39,14 @@ static void cell_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   for (; runs > 0; --runs, pixel += kPixels) {
     const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel / 2);
     const BlockOutputs<T> out(row, pixel, kPixels);
+    const NextBlock<S, kCells> fresh(row, pixel / 2, kCells);
     const S* const columns = static_cast<const S*>(row.x) + pixel / 2 * row.x_pixel;
     const S* x[kIn];
     unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = keep(columns + row.window.x[q]); });
     const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
       const int64_t c = block_channel<T>(next, row.channels);
-      if (row.ahead_count > 0) fetch_ahead<S, kCells>(row, pixel / 2, next);
+      fresh.fetch(next);
       Vec<T> acc[2 * kPixels];
       unroll<2 * kPixels>([&]<int i>() __attribute__((always_inline)) { acc[i] = splat(T(0)); });
       unroll<kIn>([&]<int q>() __attribute__((always_inline)) {

@@ -39,7 +39,7 @@ enum class Delivery { direct, staged, rows };
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
 constexpr int64_t kRunBytes = 1024;
 
-constexpr int64_t kRowAheadBytes = 32 << 10;  // how far ahead to fetch where there is one row
+constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
 // Moves the outputs of a block on (BlockRow::put).
 template <class S, class T = Compute<S>>
@@ -72,7 +72,7 @@ struct Rows {
     RowStage<S> in;
     Delivery delivery;
     bool streamed, by_lines;
-    bool fetches;                 // rows ahead: where the cache is near, that costs more than it saves
+    bool fetches;                 // what blocks will read: where the cache is near, that costs more than it saves
     const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
   };
   static ChannelMap output_map(const DepthwiseProblem& p) {
@@ -174,7 +174,7 @@ struct Rows {
   }
   static int64_t slot_bytes(Plan& plan) {
     plan.in.size = plan.c.source();
-    return piece_bytes<T>(kTotals) + piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) +
+    return piece_bytes<T>(kTotals) + 2 * piece_bytes<int64_t>(plan.rows) + piece_bytes<InputRow>(plan.rows) +
            piece_bytes<Segment>(plan.segments) + piece_bytes<SegmentGroup>(plan.groups) +
            piece_bytes<T>(output_count(plan)) + piece_bytes<T>(turned_count(plan)) + plan.in.scratch();
   }
@@ -212,26 +212,21 @@ struct Rows {
     return next - list;
   }
 
-  // The rows of the input that rows n and n + 1 meet and the two rows before them do not: they are fetched while those are
-  // computed, because a cache that the tensor exceeds is too far away to wait for.
-  static int64_t list_ahead(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
-                            int64_t* list) {
+  // The rows of the input that rows n and n + 1 meet and the two rows before them do not.
+  static FreshRows list_fresh(const Plan& plan, RowStage<S>& in, const Phase& z, int64_t n_z, const Phase& y, int64_t n,
+                              int64_t* list) {
     int64_t count = 0;
-    if (plan.c.source()[1] == 1) {  // a sequence: what lies ahead in the row
-      list[0] = ceil_div(kRowAheadBytes, in.column() * static_cast<int64_t>(sizeof(S))) * in.column();
-      return 1;
-    }
-    if (n >= y.count) return 0;
+    if (!plan.fetches || n >= y.count) return {list, 0};
     for (int64_t u = 0; u < z.taps; ++u) {
       const int64_t d = z.in_first + n_z * z.in_step + u * z.tap_step;
       if (d < 0 || d >= plan.c.source()[0]) continue;
-      for (int64_t q = max64(0, y.taps - y.apart); q < y.taps + y.apart; ++q) {
+      for (int64_t q = n == 0 ? 0 : max64(0, y.taps - y.apart); q < y.taps + y.apart; ++q) {
         const int64_t h = y.in_first + n * y.in_step + q * y.tap_step;
         const bool met = q < y.taps || q >= y.apart;
         if (met && h >= 0 && h < plan.c.source()[1]) list[count++] = in.row(0, d, h);
       }
     }
-    return count;
+    return {list, count};
   }
 
   // Are there kernels for the window, which is that of the convolution or one that a phase has of the same size?
@@ -320,15 +315,14 @@ struct Rows {
     InputRow* inputs;
     Segment* segments;
     SegmentGroup* groups;
-    int64_t* ahead;
+    int64_t* fresh[2];
 
     Worker(const Plan& plan, const BlockRow<T>& shared, Arena& own) : plan(plan), row(shared), in(plan.in) {
       inputs = take<InputRow>(own, plan.rows);
       segments = take<Segment>(own, plan.segments);
       groups = take<SegmentGroup>(own, plan.groups);
-      ahead = take<int64_t>(own, plan.rows);
+      for (int64_t*& list : fresh) list = take<int64_t>(own, plan.rows);
       row.groups = groups;
-      row.ahead = ahead;
       row.total = take<T>(own, kTotals);
       in.take_scratch(own);
     }
@@ -346,6 +340,14 @@ struct Rows {
       in.begin(image, block_channel<T>(row.first, plan.channels));
     }
 
+    // What NextBlock wants to know of a row.
+    void look_ahead(int64_t begin, int64_t end, int64_t shared) {
+      row.begin = begin;
+      row.end = end;
+      row.shared = shared;
+      row.distance = ceil_div(kAheadBytes, row.x_pixel * static_cast<int64_t>(sizeof(S)));
+    }
+
     // Outputs [first, last) of `count` rows from row n of phase y on, in depth d. `to` is where column 0 of the first
     // row lies, `row_step` and `column` are the elements between rows and columns there.
     template <class Output>
@@ -353,7 +355,8 @@ struct Rows {
                  int64_t row_step, int64_t column) {
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t n_z = d / z.out_step, width = plan.c.source()[2];
-      row.ahead_count = plan.fetches ? list_ahead(plan, in, z, n_z, y, n + count, ahead) : 0;
+      const FreshRows now = list_fresh(plan, in, z, n_z, y, n, fresh[0]);
+      const FreshRows then = list_fresh(plan, in, z, n_z, y, n + count, fresh[1]);
       int64_t input_count = -1;
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
@@ -363,12 +366,14 @@ struct Rows {
         const BlockKernels<T>& kernels = kernels_for(x);
         row.x = in.at(x.in_first * in.column());
         row.y = to + x.out_first * column;
-        row.fetch = in.at(i * x.count * x.apart * in.column());  // each phase its share
         row.x_pixel = x.in_step * in.column();
         row.x_step = kernels.stride == x.apart ? step : row.x_pixel;
         row.y_pixel = x.out_step * column;
         const int64_t begin = ceil_of(first - x.out_first, x.out_step);
         const int64_t end = min64(x.count, ceil_of(last - x.out_first, x.out_step));
+        look_ahead(begin, end, max64(0, x.taps - x.apart) * step);
+        row.fresh[0] = now;
+        row.fresh[1] = then;
         WindowRows& window = row.window;
         window.low = ceil_of(-x.in_first, x.tap_step);
         window.high = ceil_of(width - x.in_first, x.tap_step);
@@ -379,6 +384,8 @@ struct Rows {
         if (narrow && has_windows(plan, z, y, x, kernels)) {
           const int together = plan.by_lines ? 1 : count;
           for (int r = 0; r < count; r += together) {
+            if (r > 0) row.fresh[0].count = 0;
+            row.fresh[1].count = r + together < count ? 0 : then.count;
             const bool whole = list_window(plan, in, z, n_z, y, n + r, together, window);
             const auto& blocks = plan.by_lines ? kernels.lines : kernels.windows[together - 1];
             kernels.run(blocks, row, begin, end, whole ? inside_first : end, inside_last);
@@ -413,12 +420,15 @@ struct Rows {
         window.x[q] = inside ? in.row(0, depth, h) : 0;
         window.inside |= uint64_t{inside} << q;
       }
-      const bool fetches = plan.fetches && depth < size[0] && top + kernels.inputs < size[1];
-      if (fetches) ahead[0] = in.row(0, depth, top + kernels.inputs);
-      row.ahead_count = fetches;
-      row.fetch = in.at(0);
+      for (int64_t next = 0; next < 2; ++next) {
+        const int64_t h = top + kernels.inputs - 1 + next;
+        const bool fetches = plan.fetches && depth < size[0] && h >= 0 && h < size[1];
+        if (fetches) fresh[next][0] = in.row(0, depth, h);
+        row.fresh[next] = {fresh[next], fetches};
+      }
       row.x = in.at(left * in.column());
       row.x_pixel = row.x_step = in.column();
+      look_ahead(0, ceil_div(plan.c.target()[2], 2), (kernels.inputs - 1) * in.column());
       row.y = to;
       row.y_row = row_step;
       row.y_pixel = column;

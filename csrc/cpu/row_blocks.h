@@ -41,6 +41,12 @@ struct WindowRows {
   int64_t low, high;  // as in Segment
 };
 
+// Rows of the input that lie further away than a cache, as offsets; none where fetching does not pay.
+struct FreshRows {
+  const int64_t* x;
+  int64_t count;
+};
+
 // The first channel of a block: the last block ends with the last channel, where there are that many.
 template <class T>
 DSCONV_INLINE int64_t block_channel(int64_t next, int64_t channels) {
@@ -64,10 +70,11 @@ struct BlockRow {
   bool streamed;  // the outputs go past the caches
   T* staged;      // null, or where a block leaves its outputs, [row][pixel][channels in work], for `put` to move on
   void (*put)(const BlockRow&, int64_t pixel, int rows, int pixels);
-  const void* fetch;     // channel 0 of the column, in row 0 of the image, where fetching begins
-  const int64_t* ahead;  // rows that the next outputs will read and these do not
-  int64_t ahead_count;
-  T* total;  // scratch: the sums of the groups so far, where there are several
+  int64_t begin, end;  // the outputs that are computed
+  int64_t distance;    // outputs to look ahead, if a block has fewer
+  int64_t shared;  // elements from the first column that an output reads to the first that the one before it does not
+  FreshRows fresh[2];  // rows that nothing has read before these outputs, and before those of the next rows
+  T* total;            // scratch: the sums of the groups so far, where there are several
   WindowRows window;
 };
 
@@ -150,18 +157,35 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
   return end;
 }
 
-// Fetches a share of the rows ahead: while a block that reads kColumns new columns, from `column` on, walks along its
-// channels, the same number of columns, in the order of their addresses. (Prefetchers follow no other.)
-template <class S, int kColumns, class T>
-DSCONV_INLINE void fetch_ahead(const BlockRow<T>& row, int64_t column, int64_t channel) {
-  if (channel * sizeof(S) % kBlockBytes != 0) return;
-  const S* const from = static_cast<const S*>(row.fetch) + column * row.channels + channel * kColumns;
-  for (int64_t i = 0; i < row.ahead_count; ++i) {
-    unroll<kColumns>([&]<int line>() __attribute__((always_inline)) {
-      __builtin_prefetch(from + row.ahead[i] + line * (kBlockBytes / sizeof(S)), 0, 2);
+// The columns that the next block will be the first to read in the fresh rows. While a block walks along its channels, it
+// fetches them in the order of their addresses and from all rows in turn: an order that the processor's own prefetchers
+// follow, unlike that of a block, which reads a vector of every column.
+template <class S, int kColumns, class T = Compute<S>>
+struct NextBlock {
+  const S* from;
+  FreshRows rows;
+  int64_t first, channels, step;  // of the channels that are computed
+
+  // For a block of `pixels` outputs from output `pixel` on.
+  __attribute__((always_inline)) NextBlock(const BlockRow<T>& row, int64_t pixel, int64_t pixels)
+      : first(row.first), channels(row.last - row.first), step(row.x_step) {
+    pixel += max64(pixels, row.distance);
+    const bool beyond = pixel >= row.end;
+    rows = row.fresh[beyond];
+    if (beyond) pixel += row.begin - row.end;
+    from = static_cast<const S*>(row.x) + first + pixel * row.x_pixel + row.shared;
+  }
+  // Fetches the share of a vector of channels.
+  __attribute__((always_inline)) void fetch(int64_t channel) const {
+    if (rows.count == 0) return;
+    constexpr int64_t kLine = kBlockBytes / sizeof(S);
+    const int64_t at = (channel - first) * kColumns;
+    const S* const share = from + (step == channels ? at : at / channels * step + at % channels);
+    unroll<ceil_div(kColumns * kLanes<T>, kLine)>([&]<int line>() __attribute__((always_inline)) {
+      for (int64_t i = 0; i < rows.count; ++i) __builtin_prefetch(share + line * kLine + rows.x[i], 0, 2);
     });
   }
-}
+};
 
 // Where the outputs of a block go from output `pixel` on: to their places, or to the buffer.
 template <class T>
@@ -205,7 +229,7 @@ template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, c
 static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels;
   const SegmentGroup* const groups = row.groups;  // stores of outputs would have all of these read again
-  const int64_t group_count = row.group_count, ahead_count = row.ahead_count, x_step = row.x_step;
+  const int64_t group_count = row.group_count, x_step = row.x_step;
   const int64_t channels = row.channels, last = row.last, weight_block = row.weight_block;
   const T* const all_bias = row.bias;
   T* const total = row.total;
@@ -215,12 +239,13 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       for (Segment* s = groups[0].begin; s != end; ++s) s->inside = columns_inside(s->low, s->high, pixel * kStride);
     }
     const BlockOutputs<T> out(row, pixel, kPixels);
+    const NextBlock<S, kPixels * kStride> fresh(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kL, weights += weight_block) {
       const int64_t c = block_channel<T>(next, channels);
       const S* x = columns + c;
-      if (ahead_count > 0) fetch_ahead<S, kPixels * kStride>(row, pixel * kStride, next);
+      fresh.fetch(next);
       Vec<T> acc[kCount];
       const Vec<T> bias = load(all_bias + c);
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = bias; });
@@ -265,19 +290,20 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   constexpr int kL = kLanes<T>, kCount = kRows * kPixels, kIn = kTaps + (kRows - 1) * kStride;
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   const int64_t channels = row.channels, last = row.last, weight_block = row.weight_block;
-  const int64_t ahead_count = row.ahead_count, step = row.x_step * static_cast<int64_t>(sizeof(S));
+  const int64_t step = row.x_step * static_cast<int64_t>(sizeof(S));
   const uint64_t rows_inside = row.window.inside;
   const Activation activation = row.activation.kind;
   for (; runs > 0; --runs, pixel += kPixels) {
     const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
     const BlockOutputs<T> out(row, pixel, kPixels);
+    const NextBlock<S, kPixels * kStride> fresh(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const S* x[kIn];
     unroll<kIn>([&]<int q>() __attribute__((always_inline)) { x[q] = keep(columns + row.window.x[q]); });
     const T* weights = row.weights + row.first / kL * weight_block;
     for (int64_t next = row.first; next < last; next += kVectors * kL, weights += kVectors * weight_block) {
       const int64_t c = block_channel<T>(next, channels);
-      if (ahead_count > 0) fetch_ahead<S, kPixels * kStride>(row, pixel * kStride, next);
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { fresh.fetch(next + v * kL); });
       Vec<T> acc[kVectors * kCount], w[kTaps][kTaps];
       unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
         const Vec<T> bias = load(row.bias + c + v * kL);
