@@ -45,7 +45,17 @@ class Kept:
     write through ``.data`` leaves none, nor does one to a tensor that was made in inference mode: it has no version.
     """
 
-    __slots__ = ("_addresses", "_aliases", "_objects", "_settings", "_steps", "_tensors", "_versioned", "_versions", "value")
+    __slots__ = (
+        "_addresses",
+        "_aliases",
+        "_objects",
+        "_settings",
+        "_steps",
+        "_tensors",
+        "_versioned",
+        "_versions",
+        "value",
+    )
 
     def __init__(self, sources: Sources, settings: Any, value: Any) -> None:
         self.value = value
