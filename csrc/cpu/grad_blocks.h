@@ -18,8 +18,17 @@ struct GradStep {
   int64_t grad;               // the first output
   int64_t x[kMaxRuns];        // the input that it pairs with the first tap of each run
   uint64_t inside[kMaxRuns];  // a bit for each column from there on that lies in the tensor
-  const int64_t* ahead;       // rows of the input that outputs one row on will read first
-  int64_t column;             // the first column of them
+};
+
+// Neighbouring columns that the next steps will be the first to read: while a kernel walks along its own steps, it fetches
+// them, as NextBlock does.
+template <class T>
+struct NextSteps {
+  static constexpr int kMost = 6;
+  const T *x[kMost], *grad;  // the first channel in work of the first column, in rows of the input and of gradients
+  int count;                 // of rows of the input
+  bool gradients;
+  int64_t x_step, g_step;  // elements between columns
 };
 
 template <class T>
@@ -33,29 +42,38 @@ struct GradRow {
   int64_t step_count;
   int64_t tap[kMaxRuns];  // the first of each run
   bool bias;              // also sum the gradient itself
-  int64_t ahead_count;    // of GradStep::ahead
-  int64_t g_ahead;        // to the next row of gradients, or 0
+  NextSteps<T> next;
 };
 
 // Pixels of the steps.
 constexpr int kGradWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kGradNarrow = 3;
 
+// Fetches the share of kPixels outputs; `fetched` elements of gradients were before them.
+template <int kPixels, int kStride, class T>
+DSCONV_INLINE void fetch_next(const GradRow<T>& row, int64_t fetched) {
+  constexpr int kLine = kBlockBytes / sizeof(T), kL = kLanes<T>;
+  const NextSteps<T>& next = row.next;
+  const int64_t channels = row.last - row.first;
+  if (next.gradients) {
+    const T* const share = next.grad + column_offset(fetched, channels, next.g_step);
+    unroll<ceil_div(kPixels * kL, kLine)>(
+        [&]<int line>() __attribute__((always_inline)) { __builtin_prefetch(share + line * kLine, 0, 2); });
+  }
+  if (next.count == 0) return;
+  const int64_t share = column_offset(fetched * kStride, channels, next.x_step);
+  unroll<ceil_div(kPixels * kStride * kL, kLine)>([&]<int line>() __attribute__((always_inline)) {
+    for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.x[i] + share + line * kLine, 0, 2);
+  });
+}
+
 template <class T, int kTaps, int kStride, int kRuns, int kPixels, bool kEdge>
 DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, const T* x, const T* grad, Vec<T>* sum,
-                                   Vec<T>& bias) {
+                                   Vec<T>& bias, int64_t fetched) {
   Vec<T> g[kPixels];
   grad += step.grad;
   unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_once(grad + p * row.g_pixel); });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
-  if (row.g_ahead)
-    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-      __builtin_prefetch(grad + row.g_ahead + p * row.g_pixel, 0, 2);
-    });
-  for (int64_t i = 0; i < row.ahead_count; ++i) {
-    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-      __builtin_prefetch(x + step.ahead[i] + step.column + p * row.x_pixel, 0, 2);
-    });
-  }
+  fetch_next<kPixels, kStride>(row, fetched);
   unroll<kRuns>([&]<int r>() __attribute__((always_inline)) {
     const uint64_t inside = step.inside[r];
     if (kEdge && !inside) return;
@@ -76,6 +94,7 @@ template <class T, int kTaps, int kStride, int kRuns>
 static void grad_block(const GradRow<T>& row) {
   constexpr int kL = kLanes<T>;
   T* sums = row.sums + row.first / kL * (row.taps + 1) * kL;
+  int64_t fetched = 0;
   for (int64_t next = row.first; next < row.last; next += kL, sums += (row.taps + 1) * kL) {
     const int64_t c = block_channel<T>(next, row.channels);
     const T *x = row.x + c, *grad = row.grad + c;
@@ -83,7 +102,8 @@ static void grad_block(const GradRow<T>& row) {
     unroll<kRuns * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = splat(T(0)); });
     for (const GradStep *step = row.steps, *end = step + row.step_count; step != end; ++step) {
       const auto accumulate = [&]<int pixels, bool edge>() __attribute__((always_inline)) {
-        accumulate_step<T, kTaps, kStride, kRuns, pixels, edge>(row, *step, x, grad, sum, bias);
+        accumulate_step<T, kTaps, kStride, kRuns, pixels, edge>(row, *step, x, grad, sum, bias, fetched);
+        fetched += pixels * kL;
       };
       switch (step->size) {
         case GradStep::inner: accumulate.template operator()<kGradWide, false>(); break;

@@ -23,7 +23,7 @@ struct RowsGradWeight {
     int64_t channels, blocks, taps, rows, slabs, chunk, chunks;
     int64_t run, group;  // outputs of a row, or rows, that add up in registers
     RowStage<S> x, grad;
-    bool fetches;  // the next rows
+    bool fetches;  // what steps will read
   };
   static Plan plan_of(const DepthwiseProblem& p) {
     Plan plan{};
@@ -41,7 +41,9 @@ struct RowsGradWeight {
     plan.grad.view = p.grad;
     plan.grad.map = {plan.channels, 1, 1};
     plan.grad.planes = plan.grad.plane_step = plan.grad.row_step = 1;
-    const bool crowded = kHasLines<S> && (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
+    // Rows that crowd the cache are copied where several rows of outputs meet them.
+    const bool crowded = kHasLines<S> && !plan.fetches && w.stride[1] == 1 && w.taps[1] > 1 &&
+                         (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
     plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map) && !crowded;
     plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map) && !crowded;
     int64_t column = plan_rings(plan), ring = crowded ? kCrowdedRingBytes : kRingBytes;
@@ -90,10 +92,8 @@ struct RowsGradWeight {
   static int64_t slot_bytes(Plan& plan) {
     plan.x.size = plan.c.window.in;
     plan.grad.size = plan.c.window.out;
-    return piece_bytes<TapRun>(plan.taps) + piece_bytes<GradStep>(kChain) + piece_bytes<int64_t>(ahead_count(plan)) +
-           plan.x.scratch() + plan.grad.scratch();
+    return piece_bytes<TapRun>(plan.taps) + piece_bytes<GradStep>(kChain) + plan.x.scratch() + plan.grad.scratch();
   }
-  static int64_t ahead_count(const Plan& plan) { return plan.group * plan.c.window.taps[0] * plan.c.window.taps[1]; }
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     Plan plan = plan_of(p);
@@ -131,14 +131,12 @@ struct RowsGradWeight {
     RowStage<S> x, grad;
     TapRun* runs;
     GradStep* steps;
-    int64_t* ahead;
     bool has_bias;
 
     Worker(const DepthwiseProblem& p, const Plan& plan, Arena& own)
         : plan(plan), w(p.window), x(plan.x), grad(plan.grad), has_bias(p.grad_bias.data != nullptr) {
       runs = take<TapRun>(own, plan.taps);
       steps = take<GradStep>(own, kChain);
-      ahead = take<int64_t>(own, ahead_count(plan));
       x.take_scratch(own);
       grad.take_scratch(own);
       row.channels = plan.channels;
@@ -169,7 +167,6 @@ struct RowsGradWeight {
       grad.begin(image, base);
       row.x = static_cast<const T*>(x.at(0));
       row.grad = static_cast<const T*>(grad.at(0));
-      const int64_t ahead_count = plan.fetches && x.direct ? list_ahead(d, h, count) : 0;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
         const Phase phase = plan.c.phase(2, i);
         if (phase.count == 0) break;
@@ -181,8 +178,7 @@ struct RowsGradWeight {
         for (int64_t n = 0; n < phase.count; n += run) {
           const int64_t end = min64(n + run, phase.count);
           row.bias = has_bias;
-          row.ahead_count = ahead_count;
-          row.g_ahead = plan.fetches && grad.direct ? plan.grad.view.stride[3] : 0;
+          look_ahead(r, count, phase, i, end);
           const auto add = [&](const GradKernels<T>& k, int64_t run_count) {
             row.x_step = k.stride == phase.apart ? phase.tap_step * x.column() : row.x_pixel;
             for (int64_t done = 0, size; done < run_count; done += size) {
@@ -190,7 +186,7 @@ struct RowsGradWeight {
               list_steps(phase, k, d, h, count, n, end, runs + done, size);
               k.block[size - 1](row);
               row.bias = false;
-              row.ahead_count = row.g_ahead = 0;
+              row.next.count = row.next.gradients = 0;
             }
           };
           if (whole > 0) add(kernels, list_runs(d, h, count, 0, whole, kernels.taps));
@@ -244,8 +240,6 @@ struct RowsGradWeight {
           const bool wide = left >= kGradWide && left != 2 * kGradNarrow;
           pixels = wide ? kGradWide : left >= kGradNarrow ? kGradNarrow : 1;
           step->grad = g + n * row.g_pixel;
-          step->column = n * row.x_pixel;
-          step->ahead = ahead + q * row.ahead_count;
           for (int64_t i = 0; i < run_count; ++i) step->x[i] = offset[i] + n * row.x_pixel;
           if (wide && all_met && n >= inner_first && n + pixels <= inner_last) {
             step->size = GradStep::inner;
@@ -259,20 +253,32 @@ struct RowsGradWeight {
       row.step_count = step - steps;
     }
 
-    // The rows of the input that the row after each of `count` meets first; returns how many each has. They need not exist:
-    // nothing but a prefetch follows.
-    int64_t list_ahead(int64_t d, int64_t h, int64_t count) {
-      const int64_t first = max64(0, w.taps[1] - max64(1, w.stride[1] / w.dilation[1]));
-      int64_t* next = ahead;
-      for (int64_t q = 1; q <= count; ++q) {
-        for (int64_t u = 0, z, y; u < w.taps[0]; ++u) {
-          for (int64_t v = first; v < w.taps[1]; ++v) {
-            meets(d, h + q, u, v, z, y);
-            *next++ = x.row(0, z, y);
-          }
-        }
+    // What follows output `n` of a phase of `count` rows from row r on: the same rows from there on, or those after them; of
+    // these, each of several phases takes its share.
+    void look_ahead(int64_t r, int64_t count, const Phase& phase, int64_t index, int64_t n) {
+      NextSteps<T>& next = row.next;
+      next = {};
+      const bool here = count == 1 && plan.c.phases(2) == 1 && n < phase.count;
+      if (!here) r += count;
+      if (!plan.fetches || r >= plan.rows) return;
+      const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
+      const int64_t column = here ? n : index * phase.count;
+      if (grad.direct) {
+        next.gradients = true;
+        next.grad = static_cast<const T*>(plan.grad.view.data) + image * plan.grad.view.stride[0] + row.first +
+                    grad.row(0, d, h) + column * grad.column();
+        next.g_step = grad.column();
       }
-      return (next - ahead) / count;
+      if (!x.direct) return;
+      next.x_step = x.column();
+      const T* const first = static_cast<const T*>(plan.x.view.data) + image * plan.x.view.stride[0] + row.first +
+                             (column * phase.apart + (here ? max64(0, phase.taps - phase.apart) : 0)) * x.column();
+      const int64_t fresh = min64(w.taps[1], w.stride[1]), rows = here ? 1 : min64(plan.group, w.out[1] - h);
+      for (int64_t u = 0, z, y; u < w.taps[0]; ++u) {
+        if (!meets(d, h, u, w.taps[1] - fresh, z, y)) continue;
+        for (int64_t i = 0; i < fresh && y < w.in[1] && next.count < NextSteps<T>::kMost; ++i, y += rows)
+          next.x[next.count++] = first + x.row(0, z, y);
+      }
     }
   };
 

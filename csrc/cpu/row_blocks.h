@@ -157,6 +157,11 @@ DSCONV_INLINE const Segment* accumulate_segments(const Segment* s, const Segment
   return end;
 }
 
+// Where element `at` of neighbouring columns of `channels` lies, which are `step` apart.
+DSCONV_INLINE int64_t column_offset(int64_t at, int64_t channels, int64_t step) {
+  return step == channels ? at : at / channels * step + at % channels;
+}
+
 // The columns that the next block will be the first to read in the fresh rows. While a block walks along its channels, it
 // fetches them in the order of their addresses and from all rows in turn: an order that the processor's own prefetchers
 // follow, unlike that of a block, which reads a vector of every column.
@@ -179,8 +184,7 @@ struct NextBlock {
   __attribute__((always_inline)) void fetch(int64_t channel) const {
     if (rows.count == 0) return;
     constexpr int64_t kLine = kBlockBytes / sizeof(S);
-    const int64_t at = (channel - first) * kColumns;
-    const S* const share = from + (step == channels ? at : at / channels * step + at % channels);
+    const S* const share = from + column_offset((channel - first) * kColumns, channels, step);
     unroll<ceil_div(kColumns * kLanes<T>, kLine)>([&]<int line>() __attribute__((always_inline)) {
       for (int64_t i = 0; i < rows.count; ++i) __builtin_prefetch(share + line * kLine + rows.x[i], 0, 2);
     });
