@@ -49,17 +49,19 @@ static void grad_strip(const GradPiece<T>& piece, const GradStrip<T, kTaps, kStr
   const int64_t x_step = piece.x_step, x_row = piece.x_row, grad_row = piece.grad_row, dilation = piece.x_dilation;
   const auto add_row = [&]<bool kChecked>(int64_t n) __attribute__((always_inline)) {
     const Vec<T> g = kInner ? load_once(grad) : strip.outputs.load(grad);
+    const auto as_paired = [](Vec<T> v)
+                               __attribute__((always_inline)) { return kStride == 2 ? from_proper_order<T>(v) : v; };
+    const Vec<T> paired = as_paired(g);
     gradients += g;
     unroll<kRows>([&]<int u>() __attribute__((always_inline)) {
       const int64_t row = piece.top + n * piece.step + u * piece.tap_step;
       if (kChecked && (row < 0 || row >= piece.height)) return;
-      unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-        Vec<T> part[kStride];
-        unroll<kStride>([&]<int i>() __attribute__((always_inline)) {
-          const T* at = x + u * x_row + t * dilation + i * kL;
-          part[i] = kInner ? load(at) : strip.columns[t][i].load(at);
-        });
-        sum[u * kTaps + t] += every<kStride>(part) * (kInner ? g : strip.inside[t].of(g));
+      const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
+        const T* at = x + u * x_row + t * dilation + i * kL;
+        return kInner ? load(at) : strip.columns[t][i].load(at);
+      };
+      for_taps<T, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
+        sum[u * kTaps + t] += value * (kInner ? paired : as_paired(strip.inside[t].of(g)));
       });
     });
     x += x_step;
@@ -86,7 +88,8 @@ struct PlanesGradWeight {
     if (w.in[0] != 1 || w.taps[0] != 1 || w.out[0] != 1) return "three dimensions";
     if (w.taps[1] != w.taps[2] || (w.taps[1] != 3 && w.taps[1] != 5 && w.taps[1] != 7))
       return "taps other than 3x3, 5x5, 7x7";
-    if (w.stride[1] != w.stride[2] || w.stride[1] > 2) return "strides other than 1 and 2";
+    if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && product(w.dilation) != 1))
+      return "strides other than 1, and 2 without dilation";
     return nullptr;
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int) {

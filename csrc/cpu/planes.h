@@ -14,7 +14,8 @@ namespace dsconv::cpu::DSCONV_ISA {
 template <class T>
 struct Lanes {
   typedef typename IntOf<sizeof(T)>::type Index;
-  Vec<Index> mask;  // all bits of those lanes
+  typedef Vec<Index> Places;  // of lanes to be shuffled
+  Vec<Index> mask;            // all bits of those lanes
   int64_t low, high;
   uint32_t bits;  // one of each
 
@@ -57,18 +58,53 @@ struct Limits {
   }
 };
 
-// Every kStride-th lane of kStride vectors side by side.
-template <int kStride, class V>
-DSCONV_INLINE V every(const V (&parts)[kStride]) {
+// The even (kOdd: odd) lanes of two vectors side by side, in an order that takes one instruction: within pieces of 16 bytes.
+template <int kOdd, class T>
+DSCONV_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
+  constexpr int kPiece = 16 / sizeof(T), kHalf = kPiece / 2;
+  typename Lanes<T>::Places places;
+  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) {
+    constexpr int piece = l / kPiece * kPiece, place = l % kPiece;
+    places[l] = piece + 2 * (place % kHalf) + kOdd + (place < kHalf ? 0 : kLanes<T>);
+  });
+  return __builtin_shuffle(a, b, places);
+}
+// Where lane l of that would be in its proper order.
+template <class T>
+constexpr int proper_lane(int l) {
+  constexpr int kPiece = 16 / sizeof(T), kHalf = kPiece / 2;
+  return l / kPiece * kHalf + l % kHalf + (l % kPiece < kHalf ? 0 : kLanes<T> / 2);
+}
+template <class T>
+DSCONV_INLINE Vec<T> to_proper_order(Vec<T> v) {
+  typename Lanes<T>::Places places;
+  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) { places[proper_lane<T>(l)] = l; });
+  return __builtin_shuffle(v, places);
+}
+template <class T>
+DSCONV_INLINE Vec<T> from_proper_order(Vec<T> v) {
+  typename Lanes<T>::Places places;
+  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) { places[l] = proper_lane<T>(l); });
+  return __builtin_shuffle(v, places);
+}
+
+// Passes to `use` what neighbouring outputs pair with each tap of a row, in the order of every_second if there is a stride.
+// `columns` loads vector i of the columns from that of tap t on; a tap that is not a multiple of the stride has those of the
+// one before it.
+template <class T, int kTaps, int kStride, class Columns, class Use>
+DSCONV_INLINE void for_taps(const Columns& columns, const Use& use) {
   static_assert(kStride <= 2);
-  if constexpr (kStride == 1) {
-    return parts[0];
-  } else {
-    typedef decltype(parts[0] < parts[0]) Places;
-    Places even;
-    unroll<sizeof(V) / sizeof(parts[0][0])>([&]<int l>() __attribute__((always_inline)) { even[l] = 2 * l; });
-    return __builtin_shuffle(parts[0], parts[1], even);
-  }
+  Vec<T> part[kStride];
+  unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+    if constexpr (t % kStride == 0) {
+      unroll<kStride>([&]<int i>() __attribute__((always_inline)) { part[i] = columns.template operator()<t, i>(); });
+    }
+    if constexpr (kStride == 1) {
+      use.template operator()<t>(part[0]);
+    } else {
+      use.template operator()<t>(every_second<t % 2, T>(part[0], part[1]));
+    }
+  });
 }
 
 // Strips that read no column outside the tensor, that do, and that do and have fewer outputs than a vector lanes.
@@ -120,7 +156,8 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
   Vec<T> w[kTaps][kTaps], acc[kLive] = {};
   unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
     const Vec<T> weight = splat(plane.weights[i * kL]);
-    w[i / kTaps][i % kTaps] = kReach != Reach::inner ? strip.weights[i % kTaps].of(weight) : weight;
+    const Vec<T> inside = kReach != Reach::inner ? strip.weights[i % kTaps].of(weight) : weight;
+    w[i / kTaps][i % kTaps] = kStride == 2 ? from_proper_order<T>(inside) : inside;
   });
   const Vec<T> bias = splat(plane.bias);
   const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
@@ -138,13 +175,11 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
     acc[k] = bias;
     unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
       if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
-        unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-          Vec<T> part[kStride];
-          unroll<kStride>([&]<int i>() __attribute__((always_inline)) {
-            const T* at = x + t * dilation + i * kL;
-            part[i] = kReach != Reach::inner ? strip.columns[t][i].load(at) : load(at);
-          });
-          const Vec<T> value = every<kStride>(part);
+        const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
+          const T* at = x + t * dilation + i * kL;
+          return kReach != Reach::inner ? strip.columns[t][i].load(at) : load(at);
+        };
+        for_taps<T, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
           unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
             constexpr int u = m * kStride + r;
             if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
@@ -154,7 +189,8 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
       x += x_row;
     });
     if (kChecked && j < kLive - 1) return;
-    const Vec<T> done = limits.of(acc[(k + 1) % kLive]);
+    const Vec<T> limited = limits.of(acc[(k + 1) % kLive]);
+    const Vec<T> done = kStride == 2 ? to_proper_order<T>(limited) : limited;
     if (kReach == Reach::narrow && j >= whole) {
       store_part<T>(y, done, strip.count);
     } else {
@@ -192,8 +228,8 @@ struct Planes {
     if (w.taps[1] != w.taps[2] || (w.taps[1] != 3 && w.taps[1] != 5 && w.taps[1] != 7))
       return "taps other than 3x3, 5x5, 7x7";
     if (product(w.taps) > kChain) return "longer sums than this instruction set keeps in one chain";
-    if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && w.dilation[1] % 2 == 0))
-      return "strides other than 1 and 2";
+    if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && product(w.dilation) != 1))
+      return "strides other than 1, and 2 without dilation";
     if (kTransposed && (w.stride[1] != 1 || p.multiplier != 1)) return "a gradient of strides or multipliers";
     return nullptr;
   }
