@@ -33,6 +33,7 @@ struct GradStrip {
 template <class T>
 struct GradPiece {
   const T *x, *grad;                            // the column and the output that come first
+  const T *next_x, *next_grad;                  // what is fetched for later: as much as is read
   int64_t x_step, x_row, grad_row, x_dilation;  // between outputs, rows of taps, rows of gradients, columns of taps
   int64_t count, from, to;                      // rows of outputs; of which [from, to) pair with no row outside
   int64_t top, step, tap_step, height;  // row u of taps pairs row n of outputs with top + n * step + u * tap_step
@@ -47,6 +48,7 @@ static void grad_strip(const GradPiece<T>& piece, const GradStrip<T, kTaps, kStr
   unroll<kRows * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = sums[i]; });
   const T *x = piece.x, *grad = piece.grad;
   const int64_t x_step = piece.x_step, x_row = piece.x_row, grad_row = piece.grad_row, dilation = piece.x_dilation;
+  const T *next_x = piece.next_x, *next_grad = piece.next_grad;
   const auto add_row = [&]<bool kChecked>(int64_t n) __attribute__((always_inline)) {
     const Vec<T> g = kInner ? load_once(grad) : strip.outputs.load(grad);
     const auto as_paired = [](Vec<T> v)
@@ -64,6 +66,13 @@ static void grad_strip(const GradPiece<T>& piece, const GradStrip<T, kTaps, kStr
         sum[u * kTaps + t] += value * (kInner ? paired : as_paired(strip.inside[t].of(g)));
       });
     });
+    if (bias) {  // the first of the passes over these rows
+      unroll<kStride>([&]<int r>()
+                          __attribute__((always_inline)) { __builtin_prefetch(next_x + r * kL * kStride, 0, 2); });
+      __builtin_prefetch(next_grad, 0, 2);
+    }
+    next_x += kStride * kL * kStride;
+    next_grad += kL;
     x += x_step;
     grad += grad_row;
   };
@@ -124,8 +133,9 @@ struct PlanesGradWeight {
         double totals[kSums] = {};
         int64_t chain = 0;
         for (int64_t image = 0; image < p.batch; ++image) {
-          const T* x = static_cast<const T*>(p.x.data) + image * p.x.stride[0] + channel / p.multiplier * p.x.stride[1];
-          const T* grad = static_cast<const T*>(p.grad.data) + image * p.grad.stride[0] + channel * p.grad.stride[1];
+          const bool last = image + 1 == p.batch;
+          const PlanePair now = planes_of(p, channel, image);
+          const PlanePair next = planes_of(p, min64(channel + last, channels - 1), last ? 0 : image + 1);
           for (int64_t h = 0; h < w.out[1]; h += kChain) {
             const int64_t count = min64(kChain, w.out[1] - h);
             for (int64_t s = 0; s < strip_count; ++s, chain += count) {
@@ -133,7 +143,7 @@ struct PlanesGradWeight {
                 add_lanes<kTaps * kTaps + 1>(sums, totals);
                 chain = 0;
               }
-              add_piece<kTaps, kStride>(p, strips[s], x, grad, h, count, sums);
+              add_piece<kTaps, kStride>(p, strips[s], now, next, h, count, sums);
             }
           }
         }
@@ -144,14 +154,26 @@ struct PlanesGradWeight {
     for_slots(runtime, channels, thread_slots(runtime, channels, depthwise_flops(p)), body);
   }
 
+  // A plane of the input and one of gradients.
+  struct PlanePair {
+    const T *x, *grad;
+  };
+  static PlanePair planes_of(const DepthwiseProblem& p, int64_t channel, int64_t image) {
+    return {static_cast<const T*>(p.x.data) + image * p.x.stride[0] + channel / p.multiplier * p.x.stride[1],
+            static_cast<const T*>(p.grad.data) + image * p.grad.stride[0] + channel * p.grad.stride[1]};
+  }
+
   // `count` rows of outputs of a strip from row h on, some rows of taps at a time: as there are registers for.
   template <int kTaps, int kStride>
-  static void add_piece(const DepthwiseProblem& p, const GradStrip<T, kTaps, kStride>& strip, const T* x, const T* grad,
-                        int64_t h, int64_t count, Vec<T>* sums) {
+  static void add_piece(const DepthwiseProblem& p, const GradStrip<T, kTaps, kStride>& strip, const PlanePair& now,
+                        const PlanePair& next, int64_t h, int64_t count, Vec<T>* sums) {
     constexpr int kFit = (DSCONV_VECTOR_BYTES == 64 ? 28 : 12) / kTaps, kRows = kFit < kTaps ? kFit : kTaps;
     const Window& w = p.window;
     GradPiece<T> piece{};
-    piece.grad = grad + h * p.grad.stride[3] + strip.first;
+    const int64_t before = h * w.out[2] + strip.first * count;  // outputs
+    piece.next_x = next.x + before * kStride * kStride;
+    piece.next_grad = next.grad + before;
+    piece.grad = now.grad + h * p.grad.stride[3] + strip.first;
     piece.grad_row = p.grad.stride[3];
     piece.x_step = w.stride[1] * p.x.stride[3];
     piece.x_row = w.dilation[1] * p.x.stride[3];
@@ -166,7 +188,7 @@ struct PlanesGradWeight {
       const int64_t last = piece.height - 1 - (kCount - 1) * w.dilation[1] - piece.top;  // as piece.top + n * step is
       piece.from = min64(count, max64(0, ceil_div(-piece.top, kStride)));
       piece.to = max64(piece.from, min64(count, floor_div(last, kStride) + 1));
-      piece.x = x + piece.top * p.x.stride[3] + strip.first * kStride - w.pad[2];
+      piece.x = now.x + piece.top * p.x.stride[3] + strip.first * kStride - w.pad[2];
       Vec<T>* const to = sums + kFirst * kTaps;
       Vec<T>* const bias = group == 0 ? sums + kTaps * kTaps : nullptr;
       if (strip.inner) {

@@ -170,6 +170,8 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
   const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
   const T* x = plane.x + piece.x + strip.first * kStride;
   T* y = plane.y + piece.y + strip.first;
+  const T* next = plane.x + piece.x + count * kStride * x_row +
+                  strip.first * kStride * (count * kStride);  // as many rows further on, a strip its share
   // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
   const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
     acc[k] = bias;
@@ -186,6 +188,8 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
           });
         });
       }
+      __builtin_prefetch(next, 0, 2);
+      next += kL * kStride;
       x += x_row;
     });
     if (kChecked && j < kLive - 1) return;
