@@ -12,6 +12,8 @@ constexpr int kPanel = 2 * kLanes<T>;  // columns of a B panel: two vectors
 // 16).
 constexpr int kMaxRows = DSCONV_VECTOR_BYTES == 64 ? 12 : 6;
 
+constexpr int kNarrowRows = 8;  // of blocks of one vector
+
 // What becomes of the rows of one panel of a product: y = activation(product + bias + residual), stored as Y.
 template <class T, class Y = T>
 struct Epilogue {
@@ -38,7 +40,7 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   }
   activate_vectors<kCount, T>(e.activation, sums);
   Y* y = e.y + first * e.y_step;
-  if (e.columns == kVectors * kL) {
+  if (kVectors == 2 && e.columns == kVectors * kL) {
     unroll<kCount / 2>([&]<int i>() __attribute__((always_inline)) {
       constexpr int row = 2 * i / kVectors, vector = 2 * i % kVectors;
       store_pair(y + row * e.y_step + vector * kL, sums[2 * i], sums[2 * i + 1], kStreams && e.streamed);
@@ -52,23 +54,25 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
 }
 
 // kAcross: the rows of A are columns in memory, element (r, k) at a[k * lda + r].
-template <class T, class Y, int kRows, bool kAcross>
+// kVectors: 2, or 1 where a panel has no more columns.
+template <class T, class Y, int kRows, int kVectors, bool kAcross>
 static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T, Y>& e,
                           int64_t first) {
   constexpr int kL = kLanes<T>;
-  Vec<T> acc[2 * kRows];
-  unroll<2 * kRows>([&]<int i>()
-                        __attribute__((always_inline)) { acc[i] = e.bias ? load(e.bias + i % 2 * kL) : splat(T(0)); });
+  Vec<T> acc[kRows * kVectors];
+  unroll<kRows * kVectors>([&]<int i>() __attribute__((always_inline)) {
+    acc[i] = e.bias ? load(e.bias + i % kVectors * kL) : splat(T(0));
+  });
   a += kAcross ? first : first * lda;
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec<T> b0 = load(panel + k * kPanel<T>), b1 = load(panel + k * kPanel<T> + kL);
+    Vec<T> b[kVectors];
+    unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = load(panel + k * kPanel<T> + v * kL); });
     unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
       const Vec<T> s = splat(kAcross ? a[k * lda + r] : a[r * lda + k]);
-      acc[2 * r] += s * b0;
-      acc[2 * r + 1] += s * b1;
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { acc[r * kVectors + v] += s * b[v]; });
     });
   }
-  finish_rows<kRows, 2>(acc, e, first);
+  finish_rows<kRows, kVectors>(acc, e, first);
 }
 
 template <bool kAcross = false, class T, class Y>
@@ -81,10 +85,20 @@ static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel
   static constexpr Blocks kBlocks = [] {
     Blocks blocks{};
     unroll<kMaxRows>([&]<int i>()
-                         __attribute__((always_inline)) { blocks.of[i + 1] = multiply_rows<T, Y, i + 1, kAcross>; });
+                         __attribute__((always_inline)) { blocks.of[i + 1] = multiply_rows<T, Y, i + 1, 2, kAcross>; });
     return blocks;
   }();
   int64_t done = 0;
+  if constexpr (!kAcross) {
+    if (e.columns <= kLanes<T>) {
+      unroll<4>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int kRows = kNarrowRows >> i;
+        for (; rows - done >= kRows; done += kRows) multiply_rows<T, Y, kRows, 1, false>(a, lda, panel, depth, e, done);
+      });
+      static_assert(kNarrowRows >> 3 == 1);
+      return;
+    }
+  }
   for (int64_t left = ceil_div(rows, kMaxRows); left > 0; --left) {
     const int64_t block = ceil_div(rows - done, left);
     kBlocks.of[block](a, lda, panel, depth, e, done);
