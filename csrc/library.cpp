@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv, CPU, library) {
   library.impl("separable", TORCH_BOX(&dsconv::separable));
   library.impl("separable_backward", TORCH_BOX(&dsconv::separable_backward));
   library.impl("pack", TORCH_BOX(&dsconv::pack));
+  library.impl("pack_pointwise", TORCH_BOX(&dsconv::pack_pointwise));
   library.impl("run_packed", TORCH_BOX(&dsconv::run_packed));
 }
 

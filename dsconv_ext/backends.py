@@ -427,6 +427,7 @@ def register(library: torch.library.Library) -> None:
         "separable_torch": _separable,
         "pointwise_torch": matmul.pointwise,
         "pack": _pack,
+        "pack_pointwise": _pack,
     }
     for name, kernel in {**computing, **fallbacks}.items():
         library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -436,7 +437,8 @@ def register(library: torch.library.Library) -> None:
             for name in computing:
                 library.impl(name, _refusal(name), {"cuda": "CPU", "cpu": "CUDA"}[_loader.forced])
             if _loader.forced == "cuda":
-                library.impl("pack", _pack, "CPU")
+                for name in ("pack", "pack_pointwise"):
+                    library.impl(name, _pack, "CPU")
     if _loader.error is not None:
         information = {"version": __version__, "cuda_compiled": False, "cuda_archs": [], "error": _loader.error}
         for name, answer in {

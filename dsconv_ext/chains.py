@@ -116,9 +116,10 @@ class Weights:
         return [tensor for stage in self.stages for tensor in stage.folded()]
 
     def _pack(self, folded: list[Any], geometry: Any, acts: Sequence[Any]) -> PackedLayer | None:
-        if not geometry:
-            return None
         weight, bias, *pointwise = folded
+        if not geometry:
+            is_packed = layers.is_pointwise(self.stages[0].conv)
+            return PackedLayer.of_pointwise(weight, bias, activations.parse(acts[0])) if is_packed else None
         stride, padding, dilation = geometry
         where = normalise(weight.dim() - 2, stride, padding, dilation, weight.shape)
         mid, last = (activations.parse(act) for act in ("none", *acts)[-2:])
@@ -193,9 +194,12 @@ class Chain:
     def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
         first = self.stages[0].conv
         if not layers.is_depthwise(first):
-            y = layers.convolve(first, x, *self.weights((), acts)[0])
-            inner = self.stages[0].norm._modules.get("act")
-            return y if inner is None else inner(y)  # perhaps in place, which saves a map
+            weights, packed = self.weights((), acts)
+            if packed is not None and is_plain(x, residual):
+                computed = packed(x, residual)
+                if computed is not None:
+                    return computed
+            return self._finish(layers.convolve(first, x, *weights), residual)
         nd = first.weight.dim() - 2
         x, padding = layers.padded(first, x)
         geometry = first.stride, padding, first.dilation
@@ -211,6 +215,18 @@ class Chain:
         tensors = (x, weights[0], weights[2], weights[1], weights[3], None if outside else residual)
         y = functional._separable(nd, tensors, *geometry, acts[0], last, self.fuse, first.in_channels)
         return activations.forward(y + residual, *activations.parse(acts[1])) if outside else y
+
+    def _finish(self, y: Tensor, residual: Any) -> Tensor:
+        """Compute what follows the convolution of the only stage and its norm."""
+        norm = self.stages[0].norm
+        inner = None if norm is None else norm._modules.get("act")
+        y = y if inner is None else inner(y)  # perhaps in place, which saves a map
+        for step in self.steps[1:]:
+            if step is None:
+                y = y + residual
+            elif step.target is not norm:
+                y = step(y)
+        return y
 
     def _has_output_form(self, residual: Any, x: Tensor, nd: int, settings: tuple[Any, ...]) -> bool:
         """Whether the operator can add `residual`: it neither broadcasts nor promotes."""

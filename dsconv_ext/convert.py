@@ -28,7 +28,9 @@ def convert(
     Every depthwise convolution is replaced. Where a 1x1 convolution follows, with nothing but BatchNorm, activation and
     dropout between, one operator computes both, including the BatchNorm, residual and activation after it. The model
     keeps its class, methods, modules, parameters and state_dict: only forwards change, those of the modules that
-    contain such a chain and those of the depthwise convolutions.
+    contain such a chain and those of the depthwise convolutions. PyTorch computes the other convolutions, with the
+    BatchNorm after them folded; without gradients, on a CPU and for channels_last tensors, an operator computes a 1x1
+    convolution together with the BatchNorm, residual and activation that follow it.
 
     Parameters
     ----------
@@ -310,6 +312,8 @@ class Report(Sequence[Row]):
                 partner = chain.paths[chain.stages[0].conv is conv]
                 residual = ["residual added"] if None in chain.steps and chain.stages[1].conv is conv else []
                 return "fused", "; ".join([f"with {partner}", *folded, *residual])
+            if layers.is_pointwise(conv):
+                status, folded = "replaced", ["alone, on a CPU without gradients", *folded]
             return status, "; ".join([*filter(None, [self._why_alone(path, conv)]), *folded])
         if replaced:
             return status, obstacle or stale or self._why_alone(path, conv)

@@ -72,7 +72,7 @@ class Finder:
     def _link(self, start: fx.Node) -> Link | None:
         conv = self.modules[start]
         walk = _Walk(self, start)
-        stages = [walk.stage()]
+        stages = [walk.stage(with_addition=layers.is_pointwise(conv))]
         if layers.is_depthwise(conv):
             following = walk.peek()
             if following is None:
@@ -189,7 +189,7 @@ class _Walk:
             node = self.peek()
         inner = Stage(conv, norm).spelled_activation()
         if not layers.is_depthwise(conv) and not with_addition:
-            return Stage(conv, norm)  # there is nothing to gain from taking its activation
+            return Stage(conv, norm)  # PyTorch computes it, which has nothing to gain from taking its activation
         if with_addition and node is not None and inner == "none" and self._take_addition(node):
             node = self.peek()
         step = None if node is None or inner != "none" else self.finder.step(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import activations, functional
 from .functional import Activation
 from .geometry import normalise
+from .layers import is_pointwise
 from .packing import Kept, PackedLayer, Sources, can_be_marked, is_plain
 
 _is_compiling = torch.compiler.is_compiling
@@ -597,17 +599,22 @@ class DepthwiseSeparableBlock2d(_PackedModule):
         return PackedLayer.of(*self._fold(), self.depthwise.groups, self.depthwise._geometry(), mid, last)
 
     def _is_foldable(self) -> bool:
-        children = list(self.children())
-        return (
-            not _has_any_global_hook()
-            and [type(child) for child in children] == [DepthwiseConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]
-            and not any(bn.training or bn.running_mean is None or bn.weight is None for bn in children[1::2])
-            and not any(conv.bias is not None for conv in children[::2])
-            and not any(_has_hooks(child) for child in children)
-        )
+        return _are_foldable(self.children(), [DepthwiseConv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d])
 
 
-class InvertedResidual(nn.Module):
+def _are_foldable(modules: Iterable[Any], types: list[Any]) -> bool:
+    """Whether these are convolutions and BatchNorms in turn, in eval mode, as they were made and without hooks."""
+    children = list(modules)
+    return (
+        not _has_any_global_hook()
+        and [type(child) for child in children] == types
+        and not any(bn.training or bn.running_mean is None or bn.weight is None for bn in children[1::2])
+        and not any(conv.bias is not None for conv in children[::2])
+        and not any(_has_hooks(child) for child in children)
+    )
+
+
+class InvertedResidual(_PackedModule):
     """Block of MobileNetV2: 1x1 expansion, depthwise, 1x1 projection, each with BatchNorm, and the sum with the input.
 
     Parameters
@@ -626,7 +633,8 @@ class InvertedResidual(nn.Module):
 
     Notes
     -----
-    Input [N, C, H, W], output [N, K, Ho, Wo]. The last two convolutions are a `DepthwiseSeparableBlock2d`.
+    Input [N, C, H, W], output [N, K, Ho, Wo]. The last two convolutions are a `DepthwiseSeparableBlock2d`; in eval mode
+    without gradients a CPU computes the expansion, too, with one operator.
 
     References
     ----------
@@ -669,10 +677,25 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block."""
-        expanded = x
-        if self.expand is not None:
-            expanded = activations.forward(self.expand(x), *activations.parse(self.activation))
-        return self.block(expanded, x if self.has_residual else None)
+        return self.block(x if self.expand is None else self._expanded(x), x if self.has_residual else None)
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        expand: Any = self.expand
+        if _are_foldable(expand.children(), [nn.Conv2d, nn.BatchNorm2d]) and not _has_hooks(expand):
+            sources = [t for module in expand for t in (*module._parameters.values(), *module._buffers.values())]
+            conv = expand[0]
+            y = self._run_packed(x, None, sources, (conv.stride, conv.padding, conv.groups, self.activation))
+            if y is not None:
+                return y
+        else:
+            self.repack()
+        return activations.forward(expand(x), *activations.parse(self.activation))
+
+    def _pack(self) -> PackedLayer | None:
+        expand: Any = self.expand
+        if not is_pointwise(expand[0]):
+            return None
+        return PackedLayer.of_pointwise(*_folded(*expand), activations.parse(self.activation))
 
 
 def _folded(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,7 @@ def _register() -> torch.library.Library:
         "separable": _fake_separable,
         "separable_backward": _fake_backward(8, 6),
         "pack": _fake_pack,
+        "pack_pointwise": _fake_pack,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"dsconv::{name}", fake, lib=library)

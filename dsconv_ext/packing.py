@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import ops  # noqa: F401  (registers the operators)
 
 _pack = torch.ops.dsconv.pack.default
+_pack_pointwise = torch.ops.dsconv.pack_pointwise.default
 _run_packed = torch.ops.dsconv.run_packed.default._op
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -100,13 +101,14 @@ def is_plain(x: Any, residual: Any = None) -> bool:
 
 
 class PackedLayer:
-    """A depthwise or separable convolution with all its settings, as the kernels of this machine read it."""
+    """A depthwise, separable or pointwise convolution with all its settings, as the kernels of this machine read it."""
 
-    __slots__ = ("_bytes", "_rank")
+    __slots__ = ("_bytes", "_needs_channels_last", "_rank")
 
-    def __init__(self, packed: Tensor, rank: int) -> None:
+    def __init__(self, packed: Tensor, rank: int, needs_channels_last: bool = False) -> None:
         self._bytes = packed
         self._rank = rank
+        self._needs_channels_last = needs_channels_last
 
     @classmethod
     def of(
@@ -133,9 +135,23 @@ class PackedLayer:
             return None
         return cls(packed, depthwise[0].dim()) if packed.numel() else None
 
+    @classmethod
+    def of_pointwise(cls, weight: Tensor, bias: Tensor | None, activation: tuple[str, float]) -> PackedLayer | None:
+        """Pack weight and bias of a pointwise convolution alone; None as `of`.
+
+        The layer refuses maps whose channels are no neighbours: they would be transposed, and PyTorch is faster there.
+        """
+        if weight.device.type != "cpu":
+            return None
+        try:
+            packed = _pack_pointwise(weight.detach(), None if bias is None else bias.detach(), *activation)
+        except RuntimeError:
+            return None
+        return cls(packed, weight.dim(), needs_channels_last=True) if packed.numel() else None
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """Compute the layer; None for an input that needs the other operators: unbatched, or one they refuse, too."""
-        if x.dim() != self._rank:
+        if x.dim() != self._rank or (self._needs_channels_last and x.stride(1) != 1):
             return None
         try:
             return _run_packed(x, self._bytes, residual)

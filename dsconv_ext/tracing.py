@@ -79,7 +79,7 @@ class Tracer(fx.Tracer):
         """Trace the forward of `module`; raise `Untraceable` where that is not possible."""
         self.frames = [Frame(module)]
         try:
-            with torch.enable_grad(), _autocast_refused(), _intact(module):
+            with torch.inference_mode(False), torch.enable_grad(), _autocast_refused(), _intact(module):
                 _check(module)
                 return self.trace(module)
         except Exception as error:  # whatever the code of a model raises when it meets a proxy

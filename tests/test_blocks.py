@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 from torch import nn as tnn
 
+import choices
 import dsconv_ext
 import oracle
 from dsconv_ext import functional as F
@@ -80,6 +81,38 @@ def plain(block):
         return oracle.activate(y if residual is None else y + residual, spelled(inner.activation))
 
     return module, forward
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("inverted")])
+def test_expansions_without_gradients(name):
+    """channels_last, one operator computes the expansion; writes, other modes and settings show."""
+    block = made(name).eval()
+    module, truth = plain(block)
+    x = image().contiguous(memory_format=torch.channels_last)
+
+    def check(expected_calls):
+        with torch.no_grad(), choices.recorded() as calls:
+            y = block(x)
+        torch.testing.assert_close(y, truth(x), rtol=1e-9, atol=1e-10)
+        assert [c["op"] for c in calls].count("pointwise") == expected_calls
+
+    expands = block.expand is not None
+    check(expands)
+    check(expands)
+    if not expands:
+        return
+    with torch.no_grad():
+        for m in (block, module):
+            m.expand[0].weight.mul_(1.5)
+            m.expand[1].running_mean.add_(0.3)
+    check(1)
+    handle = block.expand[1].register_forward_hook(lambda *_: None)
+    check(0)
+    handle.remove()
+    check(1)
+    with torch.no_grad(), choices.recorded() as calls:
+        block(image())
+    assert "pointwise" not in [c["op"] for c in calls]  # contiguous: PyTorch is faster
 
 
 def gradients(function, module, *inputs):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import choices
 from convertible import Block, Residual, assert_same, chain_runs, eval_block, image, randomised, reason, status
 from dsconv_ext import convert
 
@@ -51,7 +52,7 @@ def gradient_tolerance(act):
 def test_an_activation_without_a_kernel_keeps_the_pair_apart(act):
     model = eval_block(Block, act)
     converted = convert(model)
-    assert status(converted) == {"dw": "replaced", "pw": "left"}
+    assert status(converted) == {"dw": "replaced", "pw": "replaced"}
     assert reason(converted).startswith(type(model.act).__name__ + " act follows")
     assert_same(converted, model, image(), fused=0)
 
@@ -266,12 +267,68 @@ def test_squeeze_excite_is_a_barrier():
     block = eval_block()
     model = nn.Sequential(block.dw, block.bn1, block.act, SqueezeExcite().double(), block.pw, block.bn2)
     converted = convert(model)
-    assert status(converted) == {"0": "replaced", "3.reduce": "left", "4": "left"}
+    assert status(converted) == {"0": "replaced", "3.reduce": "replaced", "4": "replaced"}
     assert reason(converted, "0") == "SqueezeExcite 3 follows; BatchNorm folded"
     with chain_runs() as runs, torch.no_grad():
         converted(image())
-    assert runs == [1, 1]
+    assert runs == [1, 1, 1]
     assert_same(converted, model, image(), fused=0)
+
+
+class Alone(nn.Module):
+    """A 1x1 convolution that no depthwise one precedes, and what may follow it; something else comes first."""
+
+    def __init__(self, after=lambda y, x: y, norm=nn.BatchNorm2d, act=nn.ReLU6):
+        super().__init__()
+        self.dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pw = nn.Conv2d(8, 8, 1)
+        self.bn = norm(8)
+        self.act = act()
+        self.after = after
+
+    def forward(self, x):
+        x = torch.sin(self.dw(x))
+        return self.act(self.after(self.bn(self.pw(x)), x))
+
+
+def pointwise_calls(function, *args):
+    """How often the operator computes a pointwise convolution alone."""
+    with choices.recorded() as made:
+        function(*args)
+    return [choice["op"] for choice in made].count("pointwise")
+
+
+@pytest.mark.parametrize(
+    ("model", "calls"),
+    [
+        (lambda: Alone(), 1),
+        (lambda: Alone(norm=nn.Identity), 1),
+        (lambda: Alone(act=nn.Identity), 1),
+        (lambda: Alone(act=lambda: nn.LeakyReLU(0.2)), 1),
+        (lambda: Alone(act=lambda: nn.ReLU(inplace=True)), 1),
+        (lambda: Alone(act=nn.Mish), 1),
+        (lambda: Alone(norm=nn.Identity, act=nn.Identity), 0),
+        (lambda: Alone(operator.add), 1),
+        (lambda: Alone(lambda y, x: x + y, act=nn.Identity), 1),
+        (lambda: Alone(lambda y, x: y.add_(x)), 1),
+        (lambda: Alone(lambda y, x: y + x.mean((2, 3), keepdim=True)), 0),
+        (lambda: Alone(lambda y, x: y * x), 1),
+        (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Tanhshrink(), nn.Conv2d(8, 16, 1), nn.SiLU()), 1),
+    ],
+)
+def test_a_pointwise_convolution_alone(model, calls):
+    model = randomised(model()).double().eval()
+    converted = convert(model)
+    bare = isinstance(model, Alone) and type(model.bn) is type(model.act) is nn.Identity
+    assert status(converted)["pw" if isinstance(model, Alone) else "2"] == ("left" if bare else "replaced")
+    x = image().contiguous(memory_format=torch.channels_last)
+    assert_same(converted, model, x)
+    assert_same(converted, model, image())
+    with torch.no_grad():
+        assert pointwise_calls(converted, x) == calls
+        assert pointwise_calls(converted, image()) == 0  # contiguous: PyTorch is faster
+    assert pointwise_calls(converted, x) == 0  # gradients
+    assert_same(converted.train(), model.train(), x, gradients=False)
 
 
 def test_a_chain_through_several_modules():

@@ -52,6 +52,33 @@ def test_explanations_name_the_same_rows(fuse):
     assert choices.chosen(packed) == choices.chosen(as_they_are)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "outputs"), [(8, 24), (3, 1), (40, 70), (24, 8)])
+@pytest.mark.parametrize("size", [(9,), (5, 7), (2, 3, 4), (1, 1)], ids=["1d", "2d", "3d", "1x1"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_pointwise_convolution_alone(dtype, channels, outputs, size, channels_last):
+    """Against a product in float64; the rows that run are those of the second stage of a separable one."""
+    x = torch.randn(2, channels, *size, dtype=dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    weight = torch.randn(outputs, channels, *[1] * len(size), dtype=dtype) / channels**0.5
+    bias = torch.randn(outputs, dtype=dtype)
+    residual = torch.randn(2, outputs, *size, dtype=dtype)
+    for b, r, (name, param) in [(bias, residual, ("leaky_relu", 0.1)), (None, None, ("none", 0.0))]:
+        packed = torch.ops.dsconv.pack_pointwise(weight, b, name, param)
+        with choices.recorded() as made:
+            y = torch.ops.dsconv.run_packed(x, packed, r)
+        z = torch.einsum("nc...,kc->nk...", x.double(), weight.flatten(1).double())
+        z = z if b is None else z + b.double().reshape(-1, *[1] * len(size))
+        z = z if r is None else z + r.double()
+        z = torch.nn.functional.leaky_relu(z, param) if name == "leaky_relu" else z
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), z, rtol=tolerance, atol=tolerance * z.abs().max().item())
+        assert (y.stride(1) == 1) == (x.stride(1) == 1) and {c["op"] for c in made} == {"pointwise"}
+        assert all(row.startswith("pointwise_fwd") for row in choices.chosen(made))
+    assert torch.ops.dsconv.run_packed(x[:0], packed, None).shape == (0, outputs, *size)
+
+
 def test_rows_that_read_weights_as_they_are_say_so():
     x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
     layer = packing.PackedLayer.of((weight, None), (None, None), 8, PLAIN, NOTHING, NOTHING)
@@ -240,6 +267,44 @@ class TestProvenance:
         arguments[changed] = value
         with pytest.raises(RuntimeError, match=": got .*expected"):
             torch.ops.dsconv.pack(*arguments)
+
+
+class TestPackedPointwiseOperators:
+    x = torch.randn(1, 8, 5, 5)
+
+    @pytest.mark.parametrize(
+        ("x", "residual", "argument"),
+        [
+            (x[:, :4], None, "x"),
+            (x.double(), None, "x"),
+            (torch.randn(8, 8, 5), None, "x"),
+            (x[..., :0], None, "x"),
+            (x, x, "residual"),
+            (x, torch.randn(1, 6, 5, 5).double(), "residual"),
+        ],
+        ids=["channels", "dtype", "unbatched", "empty", "residual", "residual-dtype"],
+    )
+    def test_other_inputs_are_refused(self, x, residual, argument):
+        packed = torch.ops.dsconv.pack_pointwise(torch.randn(6, 8, 1, 1), None, "none", 0.0)
+        with pytest.raises(RuntimeError, match=f"{argument}: got .*expected"):
+            torch.ops.dsconv.run_packed(x, packed, residual)
+
+    @pytest.mark.parametrize(
+        ("weight", "bias", "activation"),
+        [
+            (torch.randn(6, 8), None, "none"),
+            (torch.randn(6, 8, 3, 3), None, "none"),
+            (torch.randn(0, 8, 1, 1), None, "none"),
+            (torch.randn(6, 8, 1, 1), torch.randn(5), "none"),
+            (torch.randn(6, 8, 1, 1), torch.randn(6).double(), "none"),
+            (torch.randn(6, 8, 1, 1), None, "swish"),
+            (torch.ones(6, 8, 1, 1, dtype=torch.int32), None, "none"),
+        ],
+        ids=["rank", "taps", "filters", "bias", "bias-dtype", "activation", "dtype"],
+    )
+    def test_pack_checks(self, weight, bias, activation):
+        with pytest.raises(RuntimeError, match=": got .*expected"):
+            torch.ops.dsconv.pack_pointwise(weight, bias, activation, 0.0)
 
 
 def test_nothing_is_packed_for_subclasses():

@@ -40,17 +40,17 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   }
   activate_vectors<kCount, T>(e.activation, sums);
   Y* y = e.y + first * e.y_step;
-  if (kVectors == 2 && e.columns == kVectors * kL) {
-    unroll<kCount / 2>([&]<int i>() __attribute__((always_inline)) {
-      constexpr int row = 2 * i / kVectors, vector = 2 * i % kVectors;
-      store_pair(y + row * e.y_step + vector * kL, sums[2 * i], sums[2 * i + 1], kStreams && e.streamed);
-    });
-  } else {
-    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-      const int64_t count = e.columns - i % kVectors * kL;
-      if (count > 0) store_part<Y>(y + i / kVectors * e.y_step + i % kVectors * kL, sums[i], count);
-    });
+  if constexpr (kVectors == 2) {
+    if (e.columns == 2 * kL) {
+      return unroll<kRows>([&]<int row>() __attribute__((always_inline)) {
+        store_pair(y + row * e.y_step, sums[2 * row], sums[2 * row + 1], kStreams && e.streamed);
+      });
+    }
   }
+  unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+    const int64_t count = e.columns - i % kVectors * kL;
+    if (count > 0) store_part<Y>(y + i / kVectors * e.y_step + i % kVectors * kL, sums[i], count);
+  });
 }
 
 // kAcross: the rows of A are columns in memory, element (r, k) at a[k * lda + r].

@@ -72,13 +72,13 @@ DepthwiseLayer depthwise_layer_for(const Tensor& x, const Tensor& weight, const 
   return depthwise_layer(weight, bias, arguments, activation);
 }
 
-PointwiseProblem pointwise_layer(const Tensor& weight, const OptionalTensor& bias, const DepthwiseLayer& depthwise,
+PointwiseProblem pointwise_layer(const Tensor& weight, const OptionalTensor& bias, int64_t rank, int64_t in_channels,
                                  const Tensor& like, ActivationSpec activation) {
   PointwiseProblem p{};
-  p.dtype = depthwise.problem.dtype;
-  p.in_channels = depthwise.problem.channels;
+  p.dtype = dtype_of("pointwise_weight", like);
+  p.in_channels = in_channels;
   p.activation = activation;
-  IntList size(depthwise.rank, 1);
+  IntList size(rank, 1);
   size[0] = -1;
   size[1] = p.in_channels;
   check_like("pointwise_weight", weight, like, size);
@@ -117,14 +117,30 @@ SeparableProblem problem_of(const SeparableLayer& layer, const Tensor& x, const 
   SeparableProblem p{problem_of(layer.depthwise, x), layer.pointwise};
   p.pointwise.batch = p.depthwise.batch;
   for (int dim = 0; dim < 3; ++dim) p.pointwise.size[dim] = p.depthwise.window.out[dim];
-  if (residual) check_like("residual", *residual, x, output_sizes(p, x));
+  if (residual) check_like("residual", *residual, x, output_sizes(p.pointwise, x));
   p.pointwise.residual = view_of(residual);
   return p;
 }
 
-IntList output_sizes(const SeparableProblem& p, const Tensor& x) {
-  IntList size{p.pointwise.batch, p.pointwise.out_channels};
-  for (int64_t i = 5 - x.dim(); i < 3; ++i) size.push_back(p.depthwise.window.out[i]);
+PointwiseProblem problem_of(const PointwiseProblem& layer, const Tensor& x, const OptionalTensor& residual) {
+  PointwiseProblem p = layer;
+  DSCONV_CHECK(dtype_of("x", x) == p.dtype, "x", name_of(dtype_of("x", x)), name_of(p.dtype),
+               ", the dtype of the weights");
+  p.batch = x.size(0);
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    const int64_t i = dim + x.dim() - 3;
+    p.size[dim] = i < 2 ? 1 : x.size(i);
+    DSCONV_CHECK(p.size[dim] > 0, "x", "an empty spatial dimension", "at least one position");
+  }
+  if (residual) check_like("residual", *residual, x, output_sizes(p, x));
+  p.a = view_of(x);
+  p.residual = view_of(residual);
+  return p;
+}
+
+IntList output_sizes(const PointwiseProblem& p, const Tensor& x) {
+  IntList size{p.batch, p.out_channels};
+  for (int64_t i = 5 - x.dim(); i < 3; ++i) size.push_back(p.size[i]);
   return size;
 }
 

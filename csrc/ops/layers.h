@@ -32,14 +32,17 @@ DepthwiseLayer depthwise_layer(const Tensor& weight, const OptionalTensor& bias,
 // The same with dtype, device and rank checked against an input.
 DepthwiseLayer depthwise_layer_for(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                    const WindowArguments& arguments, ActivationSpec activation);
-PointwiseProblem pointwise_layer(const Tensor& weight, const OptionalTensor& bias, const DepthwiseLayer& depthwise,
+// A pointwise convolution of `in_channels`, with dtype and device of `like`.
+PointwiseProblem pointwise_layer(const Tensor& weight, const OptionalTensor& bias, int64_t rank, int64_t in_channels,
                                  const Tensor& like, ActivationSpec activation);
 
 // The problem of a layer with input x, and its residual. The output is open still.
 DepthwiseProblem problem_of(const DepthwiseLayer& layer, const Tensor& x);
 SeparableProblem problem_of(const SeparableLayer& layer, const Tensor& x, const OptionalTensor& residual);
+// For an x of the layer's rank and channels.
+PointwiseProblem problem_of(const PointwiseProblem& layer, const Tensor& x, const OptionalTensor& residual);
 
-// The sizes of a separable problem's output as a tensor of x's rank has them.
-IntList output_sizes(const SeparableProblem& p, const Tensor& x);
+// The sizes of a problem's output as a tensor of x's rank has them.
+IntList output_sizes(const PointwiseProblem& p, const Tensor& x);
 
 }  // namespace dsconv

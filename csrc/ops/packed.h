@@ -12,7 +12,11 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const OptionalTens
             const IntList& dilation, const std::string& mid_activation, double mid_param, const std::string& activation,
             double activation_param, const std::string& fuse);
 
-// Refuses bytes that pack() did not write, or wrote for another machine.
+// A pointwise convolution alone.
+Tensor pack_pointwise(const Tensor& weight, const OptionalTensor& bias, const std::string& activation,
+                      double activation_param);
+
+// Refuses bytes that these did not write, or wrote for another machine.
 Tensor run_packed(const Tensor& x, const Tensor& packed, const OptionalTensor& residual);
 
 }  // namespace dsconv

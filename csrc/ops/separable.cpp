@@ -10,7 +10,8 @@ SeparableProblem separable_problem(const Tensor& x, const Tensor& depthwise_weig
                                    const OptionalTensor& residual, const WindowArguments& arguments, ActivationSpec mid,
                                    ActivationSpec activation) {
   const DepthwiseLayer depthwise = depthwise_layer_for(x, depthwise_weight, depthwise_bias, arguments, mid);
-  const PointwiseProblem pointwise = pointwise_layer(pointwise_weight, pointwise_bias, depthwise, x, activation);
+  const PointwiseProblem pointwise =
+      pointwise_layer(pointwise_weight, pointwise_bias, depthwise.rank, depthwise.problem.channels, x, activation);
   return problem_of(SeparableLayer{depthwise, pointwise, Fuse::automatic}, x, residual);
 }
 
@@ -60,14 +61,6 @@ Tensor pointwise_torch(const Tensor& map, const Tensor& weight, const OptionalTe
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The pointwise product alone, into a new tensor.
-Tensor pointwise_forward(PointwiseProblem p, const Tensor& x) {
-  Tensor y = empty_output(x, p.out_channels, spatial_of(x, p.size));
-  p.y = view_of(y);
-  run("separable_backward", Pass::pointwise_fwd, p, x);
-  return y;
-}
-
 Tensor run_rows(SeparableProblem p, const SeparableChoice& choice, const Tensor& x) {
   STD_TORCH_CHECK(choice.fused || (choice.depthwise && choice.pointwise),
                   "dsconv::separable: no kernel of this library runs here: ", describe(p));
@@ -85,6 +78,13 @@ Tensor run_rows(SeparableProblem p, const SeparableChoice& choice, const Tensor&
 }
 
 }  // namespace
+
+Tensor pointwise_forward(const char* op, PointwiseProblem p, const Tensor& x) {
+  Tensor y = empty_output(x, p.out_channels, spatial_of(x, p.size));
+  p.y = view_of(y);
+  if (p.batch > 0) run(op, Pass::pointwise_fwd, p, x);
+  return y;
+}
 
 Tensor separable_forward(const SeparableProblem& p, Fuse fuse, const Tensor& x) {
   if (p.pointwise.batch == 0) return empty_output(x, p.pointwise.out_channels, spatial_of(x, p.pointwise.size));
@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
   const ActivationSpec last = parse_activation("activation", activation, activation_param);
   SeparableProblem p = separable_problem(x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias,
                                          residual, {stride, padding, dilation}, mid, last);
-  check_like("grad", grad, x, output_sizes(p, x));
-  check_like("output", output, x, output_sizes(p, x));
+  check_like("grad", grad, x, output_sizes(p.pointwise, x));
+  check_like("output", output, x, output_sizes(p.pointwise, x));
   const PointwiseProblem& pw = p.pointwise;
 
   need_depthwise_bias &= depthwise_bias.has_value();
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     PointwiseProblem again = pw;
     again.a = view_of(map);
     again.activation = kNone;
-    last_saved = pointwise_forward(again, x);
+    last_saved = pointwise_forward(kOp, again, x);
   }
   DSCONV_CHECK(last.kind == Activation::none || last_saved.has_value(), "output", "None",
                "the forward's output, from which the derivative of ", activation, " is read");
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_backward(
     transposed.weight.stride[1] = pw.weight.stride[0];
     transposed.bias = transposed.residual = View{};
     transposed.activation = kNone;
-    const Tensor grad_map = pointwise_forward(transposed, x);
+    const Tensor grad_map = pointwise_forward(kOp, transposed, x);
     g = depthwise_gradients(kOp, p.depthwise, grad_map, mid_saved, x, depthwise_weight, need_x, need_depthwise_weight,
                             need_depthwise_bias);
   }

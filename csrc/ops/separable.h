@@ -13,6 +13,9 @@ Tensor separable(const Tensor& x, const Tensor& depthwise_weight, const Tensor& 
                  const std::string& mid_activation, double mid_param, const std::string& activation,
                  double activation_param, const std::string& fuse, bool allow_tf32);
 
+// The pointwise product alone, into a new tensor. `op` names the operator in explanations.
+Tensor pointwise_forward(const char* op, PointwiseProblem problem, const Tensor& x);
+
 // The forward of `problem` into a new tensor.
 Tensor separable_forward(const SeparableProblem& problem, Fuse fuse, const Tensor& x);
 
