@@ -22,38 +22,87 @@ DSCONV_SCALAR float float_of(uint32_t u) {
   return f;
 }
 
-// exp to about 1 ulp without branches, so that loops over it vectorise: 2^n * exp(r), |r| <= ln2/2, polynomial of
-// degree 6 (Cephes).
-DSCONV_SCALAR float fast_exp(float x) {
-  const float clamped = x < -87.3f ? -87.3f : x > 88.72f ? 88.72f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
+// The fast_ functions are right to 1 to 3 ulp and have no branches, so that loops over them vectorise.
+
+// exp(x) = 2^n * (1 + rest), with n a whole number and |rest| < 0.42.
+struct Exponent {
+  int32_t n;
+  float rest;
+};
+DSCONV_SCALAR Exponent split_exp(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
   const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // |r| <= ln2 / 2
+  float p = 1.9875691500e-4f;                                   // polynomial of degree 6 (Cephes)
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // The scale is applied in two halves: 2^128 alone would not be a float.
-  const int32_t k = static_cast<int32_t>(bits_of(shifted)) - 0x4b400000, half = k >> 1;
-  const float low = float_of(static_cast<uint32_t>(half + 127) << 23),
-              high = float_of(static_cast<uint32_t>(k - half + 127) << 23);
-  const float y = p * low * high;
+  return {static_cast<int32_t>(bits_of(shifted)) - 0x4b400000, p * r * r + r};
+}
+DSCONV_SCALAR float power_of_two(int32_t n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
+
+DSCONV_SCALAR float fast_exp(float x) {
+  const Exponent e = split_exp(x < -87.3f ? -87.3f : x > 88.72f ? 88.72f : x);
+  const int32_t half = e.n >> 1;  // 2^128 alone would not be a float
+  const float y = (e.rest + 1.0f) * power_of_two(half) * power_of_two(e.n - half);
   return x != x ? x : x > 88.72f ? INFINITY : x < -87.3f ? 0.0f : y;
+}
+// For x <= 0; 0 above.
+DSCONV_SCALAR float fast_exp_minus_one(float x) {
+  const Exponent e = split_exp(x < -87.3f ? -87.3f : x > 0.0f ? 0.0f : x);
+  const float scale = power_of_two(e.n);
+  const float y = e.rest * scale + (scale - 1.0f);
+  return x != x ? x : y;
+}
+// Polynomials of the next two: our own fits, minimax by reweighted least squares.
+DSCONV_SCALAR float fast_tanh(float x) {
+  const float magnitude = x < 0.0f ? -x : x, z = x * x;
+  float p = -5.717036562e-3f;  // (tanh(x) / x - 1) / z up to 0.625
+  p = p * z + 2.065057900e-2f;
+  p = p * z - 5.374349526e-2f;
+  p = p * z + 1.333149125e-1f;
+  p = p * z - 3.333328392e-1f;
+  const float small = x + x * z * p, large = 1.0f - 2.0f / (fast_exp(2.0f * magnitude) + 1.0f);
+  return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
+}
+DSCONV_SCALAR float fast_erf(float x) {
+  const float magnitude = x < 0.0f ? -x : x, z = x * x;
+  float p = 7.853857422e-5f;  // erf(x) / x - 1 up to 1
+  p = p * z - 8.010192434e-4f;
+  p = p * z + 5.188327550e-3f;
+  p = p * z - 2.685381186e-2f;
+  p = p * z + 1.128358515e-1f;
+  p = p * z - 3.761262582e-1f;
+  p = p * z + 1.283791660e-1f;
+  const float t = magnitude > 3.95f ? 3.95f : magnitude;  // beyond, erf is 1
+  float q = 2.241751405e-7f;                              // -log(1 - erf(t)) from 1 on
+  q = q * t + 1.850257480e-5f;
+  q = q * t - 4.219647304e-4f;
+  q = q * t + 4.138620653e-3f;
+  q = q * t - 2.507083480e-2f;
+  q = q * t + 1.082389563e-1f;
+  q = q * t + 6.333637690e-1f;
+  q = q * t + 1.129513816e+0f;
+  q = q * t - 1.755789266e-4f;
+  const float small = x + x * p, large = 1.0f - fast_exp(-q);
+  return magnitude < 1.0f ? small : x < 0.0f ? -large : large;
 }
 #if defined(__CUDA_ARCH__)
 DSCONV_SCALAR float exponential(float x) { return expf(x); }
+DSCONV_SCALAR float error_function(float x) { return erff(x); }
+DSCONV_SCALAR float hyperbolic_tangent(float x) { return tanhf(x); }
+DSCONV_SCALAR float exp_minus_one(float x) { return expm1f(x); }
 #else
 DSCONV_SCALAR float exponential(float x) { return fast_exp(x); }
+DSCONV_SCALAR float error_function(float x) { return fast_erf(x); }
+DSCONV_SCALAR float hyperbolic_tangent(float x) { return fast_tanh(x); }
+DSCONV_SCALAR float exp_minus_one(float x) { return fast_exp_minus_one(x); }
 #endif
 DSCONV_SCALAR double exponential(double x) { return exp(x); }
-DSCONV_SCALAR float error_function(float x) { return erff(x); }
 DSCONV_SCALAR double error_function(double x) { return erf(x); }
-DSCONV_SCALAR float hyperbolic_tangent(float x) { return tanhf(x); }
 DSCONV_SCALAR double hyperbolic_tangent(double x) { return ::tanh(x); }
-DSCONV_SCALAR float exp_minus_one(float x) { return expm1f(x); }
 DSCONV_SCALAR double exp_minus_one(double x) { return expm1(x); }
 
 template <class T>
