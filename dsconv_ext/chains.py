@@ -94,7 +94,7 @@ class Weights:
         """Weight and bias of each stage in turn, and the layer in packed form, if the kernels want one.
 
         The weights must be plain. `geometry` is the stride, padding and dilation of a depthwise convolution, else
-        empty; `acts` holds the activation of each stage.
+        empty; `acts` holds the activation of each stage, and none where nobody wants a packed form.
         """
         if _is_compiling() or _jit_trace() is not None:
             return self._fold(), None
@@ -118,7 +118,7 @@ class Weights:
     def _pack(self, folded: list[Any], geometry: Any, acts: Sequence[Any]) -> PackedLayer | None:
         weight, bias, *pointwise = folded
         if not geometry:
-            is_packed = layers.is_pointwise(self.stages[0].conv)
+            is_packed = acts and layers.is_pointwise(self.stages[0].conv)
             return PackedLayer.of_pointwise(weight, bias, activations.parse(acts[0])) if is_packed else None
         stride, padding, dilation = geometry
         where = normalise(weight.dim() - 2, stride, padding, dilation, weight.shape)
@@ -194,7 +194,8 @@ class Chain:
     def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
         first = self.stages[0].conv
         if not layers.is_depthwise(first):
-            weights, packed = self.weights((), acts)
+            packs = not _is_compiling() and x.dim() == first.weight.dim() and x.stride(1) == 1
+            weights, packed = self.weights((), acts if packs else ())
             if packed is not None and is_plain(x, residual):
                 computed = packed(x, residual)
                 if computed is not None:
