@@ -102,7 +102,7 @@ class Weights:
             self.forget()
             return self._fold(), None
         sources = [tensor for stage in self.stages for tensor in stage.sources()]
-        settings = (geometry, acts)
+        settings = (geometry, acts, [stage.norm.eps for stage in self.stages if stage.norm is not None])
         kept = self._kept
         if kept is None or not kept.is_current(sources, settings):
             folded = self._fold()

@@ -581,13 +581,13 @@ class DepthwiseSeparableBlock2d(_PackedModule):
             return activations.forward(y, *activations.parse(self.activation))
         conv = self.depthwise
         sources = [t for module in self.children() for t in (*module._parameters.values(), *module._buffers.values())]
-        settings = (conv.stride, conv.padding, conv.dilation, conv.groups, self.mid_activation, self.activation)
+        acts, eps = (self.mid_activation, self.activation), (self.depthwise_bn.eps, self.pointwise_bn.eps)
+        settings = (conv.stride, conv.padding, conv.dilation, conv.groups, acts, eps)
         y = self._run_packed(x, residual, sources, settings)
         if y is not None:
             return y
         depthwise, pointwise = self._fold()
         tensors = (x, depthwise[0], pointwise[0], depthwise[1], pointwise[1], residual)
-        acts = (self.mid_activation, self.activation)
         where = (conv.stride, conv.padding, conv.dilation)
         return functional._separable(2, tensors, *where, *acts, "auto", conv.in_channels)
 
@@ -683,8 +683,8 @@ class InvertedResidual(_PackedModule):
         expand: Any = self.expand
         if _are_foldable(expand.children(), [nn.Conv2d, nn.BatchNorm2d]) and not _has_hooks(expand):
             sources = [t for module in expand for t in (*module._parameters.values(), *module._buffers.values())]
-            conv = expand[0]
-            y = self._run_packed(x, None, sources, (conv.stride, conv.padding, conv.groups, self.activation))
+            conv, norm = expand
+            y = self._run_packed(x, None, sources, (conv.stride, conv.padding, conv.groups, self.activation, norm.eps))
             if y is not None:
                 return y
         else:

@@ -208,6 +208,19 @@ def test_eval_mode_follows_every_change(name, what):
 
 
 @blocks
+def test_an_epsilon_shows(name):
+    """It is no tensor, so only a comparison finds it."""
+    block, x = made(name).eval(), image().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for norm in [m for m in block.modules() if isinstance(m, tnn.BatchNorm2d)]:
+            before = block(x)
+            norm.eps = 0.5
+            after = block(x)
+            assert not torch.equal(after, before)
+            assert torch.equal(after, copy.deepcopy(block)(x))  # a copy keeps nothing packed
+
+
+@blocks
 def test_a_fused_optimizer_step_shows_in_eval_mode(name):
     block, x = made(name).train(), image()
     with torch.no_grad():

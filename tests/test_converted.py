@@ -545,6 +545,19 @@ def test_convert_report_on_the_command_line(capsys, monkeypatch):
     assert "model: got 'mobilenet_v2', expected timm:NAME or MODULE:NAME" in capsys.readouterr().err
 
 
+def test_an_epsilon_shows():
+    model = eval_block()
+    converted, x = convert(model), image()
+    with torch.no_grad():
+        for name in ("bn1", "bn2"):
+            torch.testing.assert_close(converted(x), model(x))
+            before = converted(x)
+            for network in (converted, model):
+                getattr(network, name).eps = 0.5
+            assert not torch.equal(converted(x), before)
+            torch.testing.assert_close(converted(x), model(x))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_mode_of_convert_does_not_matter(mode):
     model = eval_block()
