@@ -34,7 +34,7 @@ X86_ISAS = ("avx2", "avx512")
 
 COMMON_FLAGS = ["-O3", "-std=c++20"]
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-# Without the middle one, loops over activations are not vectorised.
+# Only without traps does GCC turn loops over activations, which select, into vectors.
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 NVCC_FLAGS = [*COMMON_FLAGS, "-Xcompiler", "-Wall,-fvisibility=hidden"]
 # torch's build defines these for its own headers; the kernels include none and want CUDA's half-precision arithmetic.

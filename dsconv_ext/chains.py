@@ -20,7 +20,7 @@ from .functional import Activation
 from .geometry import normalise, output_size
 from .layers import Step
 from .nn import _folded, _has_hooks
-from .packing import Kept, PackedLayer, can_be_marked, is_plain
+from .packing import Kept, PackedLayer, can_be_marked, is_plain, packs_pointwise
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -118,8 +118,7 @@ class Weights:
     def _pack(self, folded: list[Any], geometry: Any, acts: Sequence[Any]) -> PackedLayer | None:
         weight, bias, *pointwise = folded
         if not geometry:
-            is_packed = acts and layers.is_pointwise(self.stages[0].conv)
-            return PackedLayer.of_pointwise(weight, bias, activations.parse(acts[0])) if is_packed else None
+            return PackedLayer.of_pointwise(weight, bias, activations.parse(acts[0])) if acts else None
         stride, padding, dilation = geometry
         where = normalise(weight.dim() - 2, stride, padding, dilation, weight.shape)
         mid, last = (activations.parse(act) for act in ("none", *acts)[-2:])
@@ -194,8 +193,7 @@ class Chain:
     def _compute(self, x: Tensor, residual: Any, acts: list[Any]) -> Tensor:
         first = self.stages[0].conv
         if not layers.is_depthwise(first):
-            packs = not _is_compiling() and x.dim() == first.weight.dim() and x.stride(1) == 1
-            weights, packed = self.weights((), acts if packs else ())
+            weights, packed = self.weights((), acts if packs_pointwise(first, x) else ())
             if packed is not None and is_plain(x, residual):
                 computed = packed(x, residual)
                 if computed is not None:

@@ -14,65 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import activations, functional
 from .functional import Activation
 from .geometry import normalise
-from .layers import is_pointwise
-from .packing import Kept, PackedLayer, Sources, can_be_marked, is_plain
-
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-
-
-class _PackedModule(nn.Module):
-    """A module that keeps itself in the packed form of the kernels as long as nothing can have changed it.
-
-    The packed form is used only while grad mode is off and nothing compiles, exports, traces or transforms; it is
-    dropped by a forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like,
-    copy and pickle. Writes that leave no trace on a parameter (through ``param.data``, or to one that was made in
-    inference mode, without any of these in between) need `repack`.
-    """
-
-    _packed: Kept | None = None
-
-    def repack(self) -> None:
-        """Forget the packed form: the next forward makes it anew.
-
-        Needed only after a write to a parameter that PyTorch does not track, between two forwards without grad mode:
-        ``weight.data.mul_(2)``, or ``weight.mul_(2)`` where the parameter was made in inference mode.
-        """
-        self._packed = None
-
-    def _pack(self) -> PackedLayer | None:
-        raise NotImplementedError
-
-    def _run_packed(self, x: Tensor, residual: Tensor | None, sources: Sources, settings: Any) -> Tensor | None:
-        """Compute the packed form, which is made from `sources` and `settings`; None where this call cannot use it."""
-        if _is_grad_enabled():
-            if self._packed is not None and not torch.compiler.is_exporting():
-                self._packed = None
-            return None
-        if not is_plain(x, residual):
-            return None
-        packed = self._packed
-        if packed is None or not packed.is_current(sources, settings):
-            if not can_be_marked(sources):
-                return None
-            packed = self._packed = Kept(sources, settings, self._pack())
-        layer = packed.value
-        return None if layer is None else layer(x, residual)
-
-    def train(self, mode: bool = True) -> Any:
-        self._packed = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+from .packing import PackedLayer, PackedModule, packs_pointwise
 
 
 def _pad(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
@@ -80,7 +22,7 @@ def _pad(conv: Any, x: Tensor) -> tuple[Tensor, Any]:
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
 
 
-class _DepthwiseConv(_PackedModule):
+class _DepthwiseConv(PackedModule):
     """What the three depthwise convolutions share; stands before nn.ConvNd among the bases."""
 
     _nd: ClassVar[int]
@@ -266,7 +208,7 @@ class DepthwiseConv3d(_DepthwiseConv, nn.Conv3d):
 _DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
 
 
-class _DepthwiseSeparableConv(_PackedModule):
+class _DepthwiseSeparableConv(PackedModule):
     """What the two depthwise-separable convolutions share."""
 
     _nd: ClassVar[int]
@@ -503,7 +445,7 @@ def _fold(function: str, argument: str, conv: Any, bn: Any) -> None:
     )
 
 
-class DepthwiseSeparableBlock2d(_PackedModule):
+class DepthwiseSeparableBlock2d(PackedModule):
     """Block of MobileNetV1: depthwise, BatchNorm, activation, 1x1 convolution, BatchNorm, activation.
 
     Parameters
@@ -614,7 +556,7 @@ def _are_foldable(modules: Iterable[Any], types: list[Any]) -> bool:
     )
 
 
-class InvertedResidual(_PackedModule):
+class InvertedResidual(PackedModule):
     """Block of MobileNetV2: 1x1 expansion, depthwise, 1x1 projection, each with BatchNorm, and the sum with the input.
 
     Parameters
@@ -681,7 +623,8 @@ class InvertedResidual(_PackedModule):
 
     def _expanded(self, x: Tensor) -> Tensor:
         expand: Any = self.expand
-        if _are_foldable(expand.children(), [nn.Conv2d, nn.BatchNorm2d]) and not _has_hooks(expand):
+        is_foldable = _are_foldable(expand.children(), [nn.Conv2d, nn.BatchNorm2d]) and not _has_hooks(expand)
+        if is_foldable and packs_pointwise(expand[0], x):
             sources = [t for module in expand for t in (*module._parameters.values(), *module._buffers.values())]
             conv, norm = expand
             y = self._run_packed(x, None, sources, (conv.stride, conv.padding, conv.groups, self.activation, norm.eps))
@@ -693,8 +636,6 @@ class InvertedResidual(_PackedModule):
 
     def _pack(self) -> PackedLayer | None:
         expand: Any = self.expand
-        if not is_pointwise(expand[0]):
-            return None
         return PackedLayer.of_pointwise(*_folded(*expand), activations.parse(self.activation))
 
 

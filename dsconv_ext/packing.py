@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops  # noqa: F401  (registers the operators)
+from .layers import is_pointwise
 
 _pack = torch.ops.dsconv.pack.default
 _pack_pointwise = torch.ops.dsconv.pack_pointwise.default
@@ -103,12 +104,11 @@ def is_plain(x: Any, residual: Any = None) -> bool:
 class PackedLayer:
     """A depthwise, separable or pointwise convolution with all its settings, as the kernels of this machine read it."""
 
-    __slots__ = ("_bytes", "_needs_channels_last", "_rank")
+    __slots__ = ("_bytes", "_rank")
 
-    def __init__(self, packed: Tensor, rank: int, needs_channels_last: bool = False) -> None:
+    def __init__(self, packed: Tensor, rank: int) -> None:
         self._bytes = packed
         self._rank = rank
-        self._needs_channels_last = needs_channels_last
 
     @classmethod
     def of(
@@ -137,23 +137,89 @@ class PackedLayer:
 
     @classmethod
     def of_pointwise(cls, weight: Tensor, bias: Tensor | None, activation: tuple[str, float]) -> PackedLayer | None:
-        """Pack weight and bias of a pointwise convolution alone; None as `of`.
-
-        The layer refuses maps whose channels are no neighbours: they would be transposed, and PyTorch is faster there.
-        """
+        """Pack weight and bias of a pointwise convolution alone; None as `of`."""
         if weight.device.type != "cpu":
             return None
         try:
             packed = _pack_pointwise(weight.detach(), None if bias is None else bias.detach(), *activation)
         except RuntimeError:
             return None
-        return cls(packed, weight.dim(), needs_channels_last=True) if packed.numel() else None
+        return cls(packed, weight.dim()) if packed.numel() else None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """Compute the layer; None for an input that needs the other operators: unbatched, or one they refuse, too."""
-        if x.dim() != self._rank or (self._needs_channels_last and x.stride(1) != 1):
+        if x.dim() != self._rank:
             return None
         try:
             return _run_packed(x, self._bytes, residual)
         except RuntimeError:
             return None
+
+
+def packs_pointwise(conv: Any, x: Any) -> bool:
+    """Whether a convolution by itself is worth packing for `x`: a pointwise one, where channels are neighbours.
+
+    Other maps would have to be transposed, and PyTorch is faster there.
+    """
+    return (
+        type(x) is Tensor
+        and not _is_compiling()
+        and is_pointwise(conv)
+        and x.dim() == len(conv.kernel_size) + 2
+        and x.stride(1) == 1
+    )
+
+
+class PackedModule(nn.Module):
+    """A module that keeps itself in the packed form of the kernels as long as nothing can have changed it.
+
+    The packed form is used only while grad mode is off and nothing compiles, exports, traces or transforms; it is
+    dropped by a forward in grad mode, a step of any optimizer, train(), eval(), load_state_dict(), to() and the like,
+    copy and pickle. Writes that leave no trace on a parameter (through ``param.data``, or to one that was made in
+    inference mode, without any of these in between) need `repack`.
+    """
+
+    _packed: Kept | None = None
+
+    def repack(self) -> None:
+        """Forget the packed form: the next forward makes it anew.
+
+        Needed only after a write to a parameter that PyTorch does not track, between two forwards without grad mode:
+        ``weight.data.mul_(2)``, or ``weight.mul_(2)`` where the parameter was made in inference mode.
+        """
+        if self._packed is not None:  # tracers look for writes
+            self._packed = None
+
+    def _pack(self) -> PackedLayer | None:
+        raise NotImplementedError
+
+    def _run_packed(self, x: Tensor, residual: Tensor | None, sources: Sources, settings: Any) -> Tensor | None:
+        """Compute the packed form, which is made from `sources` and `settings`; None where this call cannot use it."""
+        if _is_grad_enabled():
+            if self._packed is not None and not torch.compiler.is_exporting():
+                self._packed = None
+            return None
+        if not is_plain(x, residual):
+            return None
+        packed = self._packed
+        if packed is None or not packed.is_current(sources, settings):
+            if not can_be_marked(sources):
+                return None
+            packed = self._packed = Kept(sources, settings, self._pack())
+        layer = packed.value
+        return None if layer is None else layer(x, residual)
+
+    def train(self, mode: bool = True) -> Any:
+        self._packed = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}

@@ -43,6 +43,14 @@ def test_values_and_gradients(place, activation, dtype):
     check(Case.parse(place.format(dtype, activation)))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_over_the_range(activation):
+    """Every piece of the polynomials behind the float32 activations, and what lies where they meet."""
+    x = torch.linspace(-12, 12, 200_001)
+    y, reference = through("depthwise", x, activation), expected(x.double(), activation)
+    torch.testing.assert_close(y.double(), reference, rtol=3e-7, atol=3e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("place", ["depthwise", "mid", "output"])

@@ -316,7 +316,7 @@ def pointwise_calls(function, *args):
         (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Tanhshrink(), nn.Conv2d(8, 16, 1), nn.SiLU()), 1),
     ],
 )
-def test_a_pointwise_convolution_alone(model, calls):
+def test_a_pointwise_convolution_alone(model, calls, library):
     model = randomised(model()).double().eval()
     converted = convert(model)
     bare = isinstance(model, Alone) and type(model.bn) is type(model.act) is nn.Identity

@@ -121,7 +121,7 @@ def test_modules_made_in_inference_mode_use_them_too(kind, monkeypatch):
     with torch.inference_mode():
         module, other = modules()[kind].eval(), modules()[kind].eval()
         with monkeypatch.context() as unpacked:
-            unpacked.setattr(nn, "is_plain", lambda *_: False)
+            unpacked.setattr(packing, "is_plain", lambda *_: False)
             expected = [m(x) for m in (module, other)]
         monkeypatch.setattr(functional, "_depthwise", refuse)
         monkeypatch.setattr(functional, "_separable", refuse)
