@@ -38,7 +38,7 @@ static void cell_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   const uint64_t rows_inside = row.window.inside;
   for (; runs > 0; --runs, pixel += kPixels) {
     const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel / 2);
-    const BlockOutputs<T> out(row, pixel, kPixels);
+    const BlockOutputs<S> out(row, pixel, kPixels);
     const NextBlock<S, kCells> fresh(row, pixel / 2, kCells);
     const S* const columns = static_cast<const S*>(row.x) + pixel / 2 * row.x_pixel;
     const S* x[kIn];

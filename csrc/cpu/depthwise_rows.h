@@ -33,7 +33,8 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
 }
 
 // How the outputs get where they belong. direct: the blocks write them there. staged: a block at a time, from a buffer in
-// L1, where the type is narrower or pixels of a streamed tensor share cache lines. rows: transposed, some rows at a time.
+// L1, where blocks do not narrow them or pixels of a streamed tensor share cache lines. rows: transposed, some rows at a
+// time.
 enum class Delivery { direct, staged, rows };
 
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
@@ -78,13 +79,19 @@ struct Rows {
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
   }
+  static const View& input_of(const DepthwiseProblem& p) { return kTransposed ? p.grad : p.x; }
+  static ChannelMap input_map(const DepthwiseProblem& p) {
+    return {output_map(p).count, kTransposed ? p.multiplier : 1, kTransposed ? 1 : p.multiplier};
+  }
   static Plan plan_of(const DepthwiseProblem& p) {
     const View& to = kTransposed ? p.grad_x : p.y;
     const ChannelMap map = output_map(p);
     const int64_t wanted = wanted_tasks(2 * depthwise_flops(p), kTasks);
     const bool streamed = kStreams && is_large<S>(p);
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, wanted);
-    if (!RowStage<S>::is_direct(to, map)) return plan_of(p, Delivery::staged, streamed, wanted);
+    const bool narrows = kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
+    if (!RowStage<S>::is_plain(to, map) || !(narrows || sizeof(S) == sizeof(T)))
+      return plan_of(p, Delivery::staged, streamed, wanted);
     const bool whole_lines = kVectorBytes == kBlockBytes && has_whole_lines<S>(to, map.count);
     return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, wanted);
   }
@@ -101,8 +108,8 @@ struct Rows {
     plan.taps = product(w.taps) * plan.parts;
 
     RowStage<S>& in = plan.in;
-    in.view = kTransposed ? p.grad : p.x;
-    in.map = {plan.channels, plan.parts, kTransposed ? 1 : p.multiplier};
+    in.view = input_of(p);
+    in.map = input_map(p);
     in.direct = kWidens && RowStage<S>::is_plain(in.view, in.map);
     const auto &source = plan.c.source(), &target = plan.c.target();
     const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
@@ -467,6 +474,7 @@ struct Rows {
       T* turned = take<T>(own, turned_count(plan));
       Worker worker(plan, shared, own);
       if (plan.delivery == Delivery::staged) worker.row.staged = outputs;
+      worker.row.narrow = kNarrows<S> && plan.delivery == Delivery::direct;
       const int64_t groups = ceil_div(plan.pairs, plan.group);
       for (; task < end; ++task) {
         int64_t at = task;

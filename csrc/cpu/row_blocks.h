@@ -59,7 +59,7 @@ struct BlockRow {
   const SegmentGroup* groups;
   int64_t group_count;
   const void* x;                  // channel 0 of the first column that output 0 reads, in row 0 of the image
-  void* y;                        // channel 0 of output 0: T where the blocks write it themselves
+  void* y;                        // channel 0 of output 0: T where the blocks write it themselves and do not narrow it
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
   const T* weights;               // [block][tap][lane]
@@ -68,6 +68,7 @@ struct BlockRow {
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
   ActivationSpec activation;
   bool streamed;  // the outputs go past the caches
+  bool narrow;    // y is of the type that the blocks read, which is narrower than T
   T* staged;      // null, or where a block leaves its outputs, [row][pixel][channels in work], for `put` to move on
   void (*put)(const BlockRow&, int64_t pixel, int rows, int pixels);
   int64_t begin, end;  // the outputs that are computed
@@ -77,6 +78,10 @@ struct BlockRow {
   T* total;            // scratch: the sums of the groups so far, where there are several
   WindowRows window;
 };
+
+// Do block kernels that read S narrow their outputs themselves? With vectors of 64 bytes it is done for two at a time.
+template <class S>
+constexpr bool kNarrows = sizeof(S) < sizeof(Compute<S>) && kVectorBytes == 32;
 
 // Which of the columns from `column` on lie in [low, high): a bit for each of the first 63.
 DSCONV_INLINE uint64_t columns_inside(int64_t low, int64_t high, int64_t column) {
@@ -192,17 +197,19 @@ struct NextBlock {
 };
 
 // Where the outputs of a block go from output `pixel` on: to their places, or to the buffer.
-template <class T>
+template <class S, class T = Compute<S>>
 struct BlockOutputs {
-  T* y;
+  void* y;             // of S if `narrow`, else of T
   int64_t row, pixel;  // elements between the two output rows, between outputs
-  bool streamed;
+  bool narrow, streamed;
 
   __attribute__((always_inline)) BlockOutputs(const BlockRow<T>& block, int64_t first, int64_t pixels)
-      : y(static_cast<T*>(block.y) + first * block.y_pixel),
-        row(block.y_row),
+      : row(block.y_row),
         pixel(block.y_pixel),
+        narrow(kNarrows<S> && block.narrow),
         streamed(kVectorBytes == kBlockBytes && block.streamed && !block.staged) {
+    y = narrow ? static_cast<void*>(static_cast<S*>(block.y) + first * pixel)
+               : static_cast<T*>(block.y) + first * pixel;
     if (!block.staged) return;
     const int64_t base = block_channel<T>(block.first, block.channels);
     pixel = block.last - base;
@@ -212,13 +219,16 @@ struct BlockOutputs {
   // Writes vector i at place.operator()<i>().
   template <int kCount, class Place>
   __attribute__((always_inline)) void write(const Vec<T>* values, Place place) const {
-    if (streamed) {
-      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-        stream_narrow(y + place.template operator()<i>(), values[i]);
-      });
-    } else {
+    const auto all = [&](auto* to, auto write_one) __attribute__((always_inline)) {
       unroll<kCount>([&]<int i>()
-                         __attribute__((always_inline)) { store(y + place.template operator()<i>(), values[i]); });
+                         __attribute__((always_inline)) { write_one(to + place.template operator()<i>(), values[i]); });
+    };
+    if (streamed) {
+      all(static_cast<T*>(y), [](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
+    } else if (narrow) {
+      all(static_cast<S*>(y), [](S* to, Vec<T> v) __attribute__((always_inline)) { store_narrow(to, v); });
+    } else {
+      all(static_cast<T*>(y), [](T* to, Vec<T> v) __attribute__((always_inline)) { store(to, v); });
     }
   }
 };
@@ -242,7 +252,7 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       const Segment* end = groups[group_count - 1].end[2][1];
       for (Segment* s = groups[0].begin; s != end; ++s) s->inside = columns_inside(s->low, s->high, pixel * kStride);
     }
-    const BlockOutputs<T> out(row, pixel, kPixels);
+    const BlockOutputs<S> out(row, pixel, kPixels);
     const NextBlock<S, kPixels * kStride> fresh(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const T* weights = row.weights + row.first / kL * weight_block;
@@ -299,7 +309,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
   const Activation activation = row.activation.kind;
   for (; runs > 0; --runs, pixel += kPixels) {
     const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
-    const BlockOutputs<T> out(row, pixel, kPixels);
+    const BlockOutputs<S> out(row, pixel, kPixels);
     const NextBlock<S, kPixels * kStride> fresh(row, pixel, kPixels);
     const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
     const S* x[kIn];

@@ -176,15 +176,19 @@ DSCONV_INLINE Vec<T> load_wide(const S* p) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return load(reinterpret_cast<const T*>(p));
   } else if constexpr (__is_same(S, BFloat16)) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half bits;
-    memcpy(&bits, p, sizeof bits);
 #if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
     const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return reinterpret_cast<Vec<T>>(_mm512_maskz_permutexvar_epi16(
-        0xaaaaaaaa, _mm512_slli_epi32(place, 16), _mm512_castsi256_si512(reinterpret_cast<__m256i>(bits))));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return reinterpret_cast<Vec<T>>(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(place, 16), _mm512_castsi256_si512(bits)));
+#elif DSCONV_VECTOR_BYTES == 32  // two instructions: of a converted vector, GCC makes six
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<Vec<T>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 #else
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+    Half bits;
+    memcpy(&bits, p, sizeof bits);
     return reinterpret_cast<Vec<T>>(__builtin_convertvector(bits, Word) << 16);
 #endif
   } else {
@@ -209,11 +213,17 @@ DSCONV_INLINE auto rounded_bits(Vec<float> v) {
 // The bits of a vector in storage, as a vector.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE auto narrowed(Vec<T> v) {
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  [[maybe_unused]] typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   if constexpr (sizeof(S) == sizeof(T)) {
     return v;
   } else if constexpr (__is_same(S, BFloat16)) {
-    return __builtin_convertvector(rounded_bits(v) >> 16, Half);
+    const auto words = rounded_bits(v) >> 16;
+#if DSCONV_VECTOR_BYTES == 32
+    const auto bits = reinterpret_cast<__m256i>(words);
+    return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+#else
+    return __builtin_convertvector(words, Half);
+#endif
   } else {
 #if DSCONV_VECTOR_BYTES == 64
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
