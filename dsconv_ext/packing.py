@@ -191,6 +191,7 @@ class PackedModule(nn.Module):
             self._packed = None
 
     def _pack(self) -> PackedLayer | None:
+        """Pack the layer as it is now; None where the kernels want no packed form. Every subclass has its own."""
         raise NotImplementedError
 
     def _run_packed(self, x: Tensor, residual: Tensor | None, sources: Sources, settings: Any) -> Tensor | None:
