@@ -20,10 +20,10 @@ DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
 DSCONV_DECLARE_CPU(portable)
 #undef DSCONV_DECLARE_CPU
-namespace cpu::avx512 {  // with AMX
-extern const Kernel<PointwiseProblem> tiles_forward;
-extern const Kernel<SeparableProblem> fused_tiles_forward;
-extern const Packer<PointwiseProblem> tile_packer;
+namespace cpu::avx512 {  // with AMX or AVX512-BF16
+extern const Kernel<PointwiseProblem> tiles_forward, pairs_forward;
+extern const Kernel<SeparableProblem> fused_tiles_forward, fused_pairs_forward;
+extern const Packer<PointwiseProblem> bf16_packer;
 }  // namespace cpu::avx512
 namespace cpu::reference {
 extern const Kernel<DepthwiseProblem> depthwise_forward, depthwise_grad_input, depthwise_grad_weight, depthwise_mask;
@@ -54,7 +54,7 @@ const std::vector<Row>& kernel_table() {
 
 namespace {
 
-// The instruction set whose kernels, and whose packed weights, a problem takes: AMX multiplies bfloat16 alone.
+// The instruction set whose kernels, and whose packed weights, a problem takes: those above AVX-512 multiply bfloat16 alone.
 Target packing_target(const DepthwiseProblem&, Target target) { return std::min(target, Target::avx512); }
 Target packing_target(const PointwiseProblem& p, Target target) {
   return p.dtype == DType::bf16 ? target : std::min(target, Target::avx512);
@@ -76,7 +76,7 @@ template <>
 const Packer<PointwiseProblem>& packer_of(const PointwiseProblem& p, Target target) {
   target = packing_target(p, target);
 #if DSCONV_X86
-  if (target == Target::amx) return cpu::avx512::tile_packer;
+  if (target > Target::avx512) return cpu::avx512::bf16_packer;
   if (target == Target::avx512) return cpu::avx512::panel_packer;
   if (target == Target::avx2) return cpu::avx2::panel_packer;
 #endif
@@ -89,7 +89,7 @@ const char* name_of(Pass pass) {
   return kNames[static_cast<int>(pass)];
 }
 const char* name_of(Target target) {
-  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx", "cuda"};
+  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx", "cuda"};
   return kNames[static_cast<int>(target)];
 }
 const char* name_of(DType dtype) {

@@ -21,8 +21,9 @@ enum class Pass : uint8_t {
   separable_fwd
 };
 
-// Instruction sets in ascending order, then devices. amx: AVX-512 with tiles that multiply bfloat16.
-enum class Target : uint8_t { portable, avx2, avx512, amx, cuda };
+// Instruction sets in ascending order, then devices. avx512bf16: AVX-512 that multiplies pairs of bfloat16, two
+// multiply-adds in the time of one; amx: with tiles of them.
+enum class Target : uint8_t { portable, avx2, avx512, avx512bf16, amx, cuda };
 
 // The machine a problem runs on. Bandwidths and peaks are rough: they order rows, nothing more.
 struct Machine {

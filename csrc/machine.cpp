@@ -23,7 +23,9 @@ Target detected_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return Target::avx2;
-  return cpu::amx::is_available() ? Target::amx : Target::avx512;
+  if (cpu::amx::is_available()) return Target::amx;
+  // Intel's take as long for a pair as for two multiply-adds in float32, or longer.
+  return cpu::has_avx512_bf16 && __builtin_cpu_is("amd") ? Target::avx512bf16 : Target::avx512;
 #else
   return Target::portable;
 #endif
@@ -37,7 +39,8 @@ const Machine& cpu_machine() {
       Target limit = Target::portable;
       while (limit != Target::cuda && name != name_of(limit)) limit = static_cast<Target>(static_cast<int>(limit) + 1);
       if (limit == Target::cuda)
-        throw std::runtime_error("DSCONV_CPU_ISA: got '" + name + "', expected amx, avx512, avx2 or portable");
+        throw std::runtime_error("DSCONV_CPU_ISA: got '" + name +
+                                 "', expected amx, avx512bf16, avx512, avx2 or portable");
       target = std::min(target, limit);
     }
     // One core of a server of the 2020s: 32, 16 or 8 fp32 multiply-adds per cycle at 2 GHz, measured bandwidths of L2

@@ -27,6 +27,7 @@ struct NeverLaunched<const Kernel<Problem>> {
 #define DSCONV_STUB_portable(implementation)
 #define DSCONV_STUB_avx2(implementation)
 #define DSCONV_STUB_avx512(implementation)
+#define DSCONV_STUB_avx512bf16(implementation)
 #define DSCONV_STUB_amx(implementation)
 #define DSCONV_STUB_cuda(implementation) \
   decltype(implementation) implementation = NeverLaunched<decltype(implementation)>::kernel;

@@ -12,7 +12,7 @@ import choices
 from cases import Case
 from judges import check
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def row_parameters(*passes: str) -> list:

@@ -16,6 +16,7 @@ MACHINES = {
     "portable": ("portable", 0, 32.0, 55.0, 15.0, 2 << 20),
     "avx2": ("avx2", 0, 64.0, 55.0, 15.0, 2 << 20),
     "avx512": ("avx512", 0, 128.0, 55.0, 15.0, 2 << 20),
+    "avx512bf16": ("avx512bf16", 0, 128.0, 55.0, 15.0, 2 << 20),
     "amx": ("amx", 0, 128.0, 55.0, 15.0, 2 << 20),
     "no-cache": ("avx2", 0, 64.0, 55.0, 15.0, 0),
     "sm_75": ("cuda", 75, 8_000.0, 1_000.0, 320.0, 4 << 20),
@@ -24,7 +25,7 @@ MACHINES = {
     "sm_120": ("cuda", 120, 100_000.0, 6_000.0, 1_790.0, 96 << 20),
     "gpu-without-code": ("cuda", 0, 1.0, 1.0, 1.0, 0),
 }
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 PROBLEMS = 400  # for each machine
 DEPTHWISE_PASSES = ("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad", "mask")
 PASSES = (*DEPTHWISE_PASSES, "pointwise_fwd", "pointwise_wgrad", "separable_fwd")

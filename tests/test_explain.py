@@ -154,12 +154,14 @@ def test_the_instruction_set_can_be_limited(python, isa):
     names, info = json.loads(python(CHOICES, DSCONV_CPU_ISA=isa))
     expected = min(isa, found, key=ISAS.index)
     assert info["cpu_isa_used"] == expected
-    # AMX multiplies bfloat16 alone
-    assert {name.rpartition("_")[2] for name in names} == {"avx512" if expected == "amx" else expected}
+    # those above AVX-512 multiply bfloat16 alone
+    expected = "avx512" if expected in ("avx512bf16", "amx") else expected
+    assert {name.rpartition("_")[2] for name in names} == {expected}
 
 
 def test_an_unknown_instruction_set_is_refused(python):
-    with pytest.raises(AssertionError, match="DSCONV_CPU_ISA: got 'sse9', expected amx, avx512, avx2 or portable"):
+    wanted = "amx, avx512bf16, avx512, avx2 or portable"
+    with pytest.raises(AssertionError, match=f"DSCONV_CPU_ISA: got 'sse9', expected {wanted}"):
         python(CHOICES, DSCONV_CPU_ISA="sse9")
 
 

@@ -12,7 +12,26 @@ constexpr int kPanel = 2 * kLanes<T>;  // columns of a B panel: two vectors
 // 16).
 constexpr int kMaxRows = DSCONV_VECTOR_BYTES == 64 ? 12 : 6;
 
-constexpr int kNarrowRows = 8;  // of blocks of one vector
+constexpr int kNarrowRows = 8;  // of blocks of fewer vectors
+
+// The lower half of a vector as a vector of its own, where processors do two of these in the time of one.
+#if DSCONV_VECTOR_BYTES == 64
+constexpr bool kHasHalves = true;
+DSCONV_INLINE __m256 low_half(Vec<float> v) { return _mm512_castps512_ps256(v); }
+DSCONV_INLINE __m256d low_half(Vec<double> v) { return _mm512_castpd512_pd256(v); }
+DSCONV_INLINE Vec<float> from_half(__m256 v) { return _mm512_zextps256_ps512(v); }
+DSCONV_INLINE Vec<double> from_half(__m256d v) { return _mm512_zextpd256_pd512(v); }
+#else
+constexpr bool kHasHalves = false;
+template <class V>
+DSCONV_INLINE V low_half(V v) {
+  return v;
+}
+template <class V>
+DSCONV_INLINE V from_half(V v) {
+  return v;
+}
+#endif
 
 // What becomes of the rows of one panel of a product: y = activation(product + bias + residual), stored as Y.
 template <class T, class Y = T>
@@ -53,52 +72,102 @@ DSCONV_INLINE void finish_rows(Vec<T>* sums, const Epilogue<T, Y>& e, int64_t fi
   });
 }
 
-// kAcross: the rows of A are columns in memory, element (r, k) at a[k * lda + r].
-// kVectors: 2, or 1 where a panel has no more columns.
-template <class T, class Y, int kRows, int kVectors, bool kAcross>
-static void multiply_rows(const T* a, int64_t lda, const T* panel, int64_t depth, const Epilogue<T, Y>& e,
-                          int64_t first) {
-  constexpr int kL = kLanes<T>;
+// The innermost step of a product, one channel of T: what it multiplies and how. kAcross: the rows of A are columns in
+// memory, element (r, k) at a[k * lda + r].
+template <class T, bool kAcross = false>
+struct ChannelSteps {
+  using Sum = T;
+  using A = T;
+  static constexpr bool across = kAcross;
+  static constexpr int kVectors = kPanel<T> / kLanes<T>;  // of a panel
+  static int64_t count(int64_t depth) { return depth; }
+  static Vec<T> weights(const T* panel, int64_t k, int v) { return load(panel + k * kPanel<T> + v * kLanes<T>); }
+  template <class V>
+  static V value(const T* a, int64_t lda, int64_t row, int64_t k) {
+    return (kAcross ? a[k * lda + row] : a[row * lda + k]) - V{};
+  }
+  template <class V>
+  static void multiply(V& sum, V value, V weights) {
+    sum += value * weights;
+  }
+};
+
+// kRows rows from row `first` on of the first kVectors vectors of a panel, the last of which may be half a vector.
+template <class Steps, class Y, int kRows, int kVectors, bool kHalf = false, class T = typename Steps::Sum>
+static void multiply_rows(const typename Steps::A* a, int64_t lda, const typename Steps::A* panel, int64_t depth,
+                          const Epilogue<T, Y>& e, int64_t first) {
+  constexpr int kWhole = kVectors - kHalf;
   Vec<T> acc[kRows * kVectors];
   unroll<kRows * kVectors>([&]<int i>() __attribute__((always_inline)) {
-    acc[i] = e.bias ? load(e.bias + i % kVectors * kL) : splat(T(0));
+    acc[i] = e.bias ? load(e.bias + i % kVectors * kLanes<T>) : splat(T(0));
   });
-  a += kAcross ? first : first * lda;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> b[kVectors];
-    unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = load(panel + k * kPanel<T> + v * kL); });
+  using Half = decltype(low_half(acc[0]));
+  Half half[kRows];
+  if constexpr (kHalf)
+    unroll<kRows>([&]<int r>() __attribute__((always_inline)) { half[r] = low_half(acc[r * kVectors + kWhole]); });
+  a += Steps::across ? first : first * lda;
+  if (!e.streamed) {  // the lines are there when they are written
     unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
-      const Vec<T> s = splat(kAcross ? a[k * lda + r] : a[r * lda + k]);
-      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { acc[r * kVectors + v] += s * b[v]; });
+      for (int64_t i = 0; i < e.columns; i += kBlock<Y>) __builtin_prefetch(e.y + (first + r) * e.y_step + i, 1);
     });
   }
+  for (int64_t k = 0, end = Steps::count(depth); k < end; ++k) {
+    Vec<T> b[kVectors];
+    unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = Steps::weights(panel, k, v); });
+    unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
+      if constexpr (kWhole == 0) {
+        Steps::multiply(half[r], Steps::template value<Half>(a, lda, r, k), low_half(b[0]));
+        return;
+      }
+      const auto value = Steps::template value<Vec<T>>(a, lda, r, k);
+      unroll<kWhole>([&]<int v>()
+                         __attribute__((always_inline)) { Steps::multiply(acc[r * kVectors + v], value, b[v]); });
+      if constexpr (kHalf) Steps::multiply(half[r], low_half(value), low_half(b[kWhole]));
+    });
+  }
+  if constexpr (kHalf)
+    unroll<kRows>([&]<int r>() __attribute__((always_inline)) { acc[r * kVectors + kWhole] = from_half(half[r]); });
   finish_rows<kRows, kVectors>(acc, e, first);
 }
 
-template <bool kAcross = false, class T, class Y>
-static void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth,
-                           const Epilogue<T, Y>& e) {
-  using Block = void (*)(const T*, int64_t, const T*, int64_t, const Epilogue<T, Y>&, int64_t);
+// All rows, where a panel has fewer columns than vectors for them.
+template <class Steps, class Y, int kVectors, bool kHalf, class T = typename Steps::Sum>
+static void multiply_narrow(const typename Steps::A* a, int64_t lda, int64_t rows, const typename Steps::A* panel,
+                            int64_t depth, const Epilogue<T, Y>& e) {
+  int64_t done = 0;
+  unroll<4>([&]<int i>() __attribute__((always_inline)) {
+    constexpr int kRows = kNarrowRows >> i;
+    for (; rows - done >= kRows; done += kRows)
+      multiply_rows<Steps, Y, kRows, kVectors, kHalf>(a, lda, panel, depth, e, done);
+  });
+  static_assert(kNarrowRows >> 3 == 1);
+}
+
+template <class Steps, class Y, class T = typename Steps::Sum>
+static void multiply_panel(const typename Steps::A* a, int64_t lda, int64_t rows, const typename Steps::A* panel,
+                           int64_t depth, const Epilogue<T, Y>& e) {
+  using A = typename Steps::A;
+  using Block = void (*)(const A*, int64_t, const A*, int64_t, const Epilogue<T, Y>&, int64_t);
   struct Blocks {
     Block of[kMaxRows + 1];  // by rows
   };
   static constexpr Blocks kBlocks = [] {
     Blocks blocks{};
-    unroll<kMaxRows>([&]<int i>()
-                         __attribute__((always_inline)) { blocks.of[i + 1] = multiply_rows<T, Y, i + 1, 2, kAcross>; });
+    unroll<kMaxRows>([&]<int i>() __attribute__((always_inline)) {
+      blocks.of[i + 1] = multiply_rows<Steps, Y, i + 1, Steps::kVectors>;
+    });
     return blocks;
   }();
-  int64_t done = 0;
-  if constexpr (!kAcross) {
-    if (e.columns <= kLanes<T>) {
-      unroll<4>([&]<int i>() __attribute__((always_inline)) {
-        constexpr int kRows = kNarrowRows >> i;
-        for (; rows - done >= kRows; done += kRows) multiply_rows<T, Y, kRows, 1, false>(a, lda, panel, depth, e, done);
-      });
-      static_assert(kNarrowRows >> 3 == 1);
-      return;
+  if constexpr (!Steps::across) {
+    constexpr int kL = kLanes<T>, kFew = Steps::kVectors / 2;
+    if constexpr (kHasHalves) {
+      if (e.columns <= kL / 2) return multiply_narrow<Steps, Y, 1, true>(a, lda, rows, panel, depth, e);
+      if (e.columns > kL && e.columns <= kL + kL / 2)
+        return multiply_narrow<Steps, Y, 2, true>(a, lda, rows, panel, depth, e);
     }
+    if (e.columns <= kFew * kL) return multiply_narrow<Steps, Y, kFew, false>(a, lda, rows, panel, depth, e);
   }
+  int64_t done = 0;
   for (int64_t left = ceil_div(rows, kMaxRows); left > 0; --left) {
     const int64_t block = ceil_div(rows - done, left);
     kBlocks.of[block](a, lda, panel, depth, e, done);

@@ -91,7 +91,7 @@ struct VectorProduct {
   }
   template <class Y>
   static void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t depth, const Epilogue<T, Y>& e) {
-    multiply_panel(a, lda, rows, panel, depth, e);
+    multiply_panel<ChannelSteps<T>>(a, lda, rows, panel, depth, e);
   }
 };
 
@@ -303,7 +303,8 @@ struct PointwiseGradWeight {
           gather_rows<S>(gradients, plan.rows, p.grad, image, k0, p.out_channels, box);
           for (int64_t c = 0; c < width; c += kColumns) {
             gather_rows<S>(columns, kColumns, p.a, image, c0 + c, p.in_channels, box);
-            multiply_panel<true>(gradients, plan.rows, rows, columns, positions, Epilogue<T>{sums, kColumns, kColumns});
+            multiply_panel<ChannelSteps<T, true>>(gradients, plan.rows, rows, columns, positions,
+                                                  Epilogue<T>{sums, kColumns, kColumns});
             double* const to = total + c * kMostRows;
             for (int64_t i = 0; i < rows * kColumns; ++i) to[i] += sums[i];
           }

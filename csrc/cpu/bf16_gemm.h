@@ -1,20 +1,19 @@
-// The pointwise passes in bfloat16 with AMX: its tiles multiply, vectors do the rest.
+// The pointwise passes on processors that multiply bfloat16: tiles (AMX) or pairs (AVX512-BF16), vectors do the rest.
 #pragma once
 
+#include "pair_product.h"
 #include "pointwise_gemm.h"
 #include "tile_product.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-struct TileProduct {
+// Rows of A and packed weights as tiles want them; pairs can do with the same.
+struct Bf16Operands {
   using S = BFloat16;
   using T = float;
   using A = BFloat16;
-  static constexpr int kColumns = amx::kBlock, kRowBlock = amx::kBlock, kTile = amx::kTile, kStep = amx::kStep;
+  static constexpr int kColumns = amx::kBlock, kTile = amx::kTile, kStep = amx::kStep;
   static constexpr int kL = kLanes<T>;
-
-  static void begin() { amx::begin(); }
-  static void end() { amx::end(); }
 
   static int64_t panel_values(int64_t depth) { return ceil_div(depth, kStep) * amx::kStepValues; }
   // Outputs [first, first + kColumns) of the weights [K, C] (any strides) as steps, see tile_product.h; zeros past K and C.
@@ -85,6 +84,13 @@ struct TileProduct {
       for (int64_t i = 0; i < columns; ++i) narrow_row(a + i * lda + first, turned + i * lanes, count);
     }
   }
+};
+
+struct TileProduct : Bf16Operands {
+  static constexpr int kRowBlock = amx::kBlock;
+
+  static void begin() { amx::begin(); }
+  static void end() { amx::end(); }
 
   template <class Y>
   static void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, int64_t depth, const Epilogue<T, Y>& e) {
@@ -110,21 +116,63 @@ struct TileProduct {
   static const uint16_t* bits(const A* a) { return reinterpret_cast<const uint16_t*>(a); }
 };
 
-// AMX multiplies bfloat16 alone.
+struct PairProduct : Bf16Operands {
+  static constexpr int kRowBlock = 1;
+
+  static void begin() {}
+  static void end() {}
+
+  // The innermost step of a product (see ChannelSteps): two channels.
+  struct Steps {
+    using Sum = T;
+    using A = Bf16Operands::A;
+    static constexpr bool across = false;
+    static constexpr int kVectors = kColumns / kL;
+    static int64_t count(int64_t depth) { return ceil_div(depth, 2); }
+    static Vec<T> weights(const A* panel, int64_t k, int v) {
+      constexpr int64_t kPairs = kStep / 2, kRow = 2 * kTile;  // of a tile of columns
+      const int column = v * kL;
+      const int64_t others = k & -kPairs;  // rows of the other tile before this one
+      return load(
+          reinterpret_cast<const T*>(panel + (k + others + column / kTile * kPairs) * kRow + column % kTile * 2));
+    }
+    template <class V>
+    static V value(const A* a, int64_t lda, int64_t row, int64_t k) {
+      typedef uint32_t Word __attribute__((vector_size(sizeof(V))));
+      uint32_t pair;
+      memcpy(&pair, a + row * lda + 2 * k, sizeof pair);
+      return reinterpret_cast<V>(Word{} + pair);
+    }
+    template <class V>
+    static void multiply(V& sum, V value, V weights) {
+      multiply_pairs(sum, value, weights);
+    }
+  };
+
+  template <class Y>
+  static void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, int64_t depth, const Epilogue<T, Y>& e) {
+    multiply_panel<Steps>(a, lda, rows, panel, depth, e);
+  }
+};
+
+// What they multiply is bfloat16 alone.
 template <class Problem>
-DSCONV_INLINE const char* why_not_tiles(const Problem& p) {
-  return storage_of(p) == DType::bf16 ? nullptr : "AMX multiplies bfloat16 only";
+DSCONV_INLINE const char* why_not_bf16(const Problem& p) {
+  return storage_of(p) == DType::bf16 ? nullptr : "multiplies bfloat16 only";
 }
 
-template <class S>
-struct TilePointwise : Pointwise<BFloat16, TileProduct> {
-  static const char* can_run(const PointwiseProblem& p) { return why_not_tiles(p); }
+template <class Product>
+struct Bf16Passes {
+  template <class S>
+  struct Forward : Pointwise<BFloat16, Product> {
+    static const char* can_run(const PointwiseProblem& p) { return why_not_bf16(p); }
+  };
+  template <class S>
+  struct FusedForward : Fused<BFloat16, Product> {
+    static const char* can_run(const SeparableProblem& p) { return why_not_bf16(p); }
+  };
 };
 template <class S>
-struct TileFused : Fused<BFloat16, TileProduct> {
-  static const char* can_run(const SeparableProblem& p) { return why_not_tiles(p); }
-};
-template <class S>
-struct PackedTiles : PackedWeights<TileProduct> {};
+struct PackedBf16 : PackedWeights<TileProduct> {};
 
 }  // namespace dsconv::cpu::DSCONV_ISA
