@@ -21,6 +21,7 @@ DSCONV_DECLARE_CPU(avx2)
 DSCONV_DECLARE_CPU(portable)
 #undef DSCONV_DECLARE_CPU
 namespace cpu::avx512 {  // with AMX or AVX512-BF16
+extern const Kernel<DepthwiseProblem> paired_rows_forward, paired_rows_grad_input;
 extern const Kernel<PointwiseProblem> tiles_forward, pairs_forward;
 extern const Kernel<SeparableProblem> fused_tiles_forward, fused_pairs_forward;
 extern const Packer<PointwiseProblem> bf16_packer;
@@ -156,7 +157,8 @@ template <class Problem>
 const char* why_not_packed(const Row& row, const Problem& problem, const Machine& machine) {
   const auto& p = with_packed(problem);
   if (!p.packed || p.weight.data) return nullptr;
-  const bool reads_them = kernel_of<Problem>(row).reads_packed && row.target == packing_target(problem, machine.target);
+  const bool reads_them = kernel_of<Problem>(row).reads_packed &&
+                          packing_target(problem, row.target) == packing_target(problem, machine.target);
   return reads_them ? nullptr : "the weights are packed, and not for it";
 }
 

@@ -27,7 +27,7 @@ TORCH_MINIMUM: tuple[int, int] = _VERSIONS["TORCH_MINIMUM"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mfma", "-mf16c"]
-_AVX512 += ["-Wno-maybe-uninitialized"]  # gcc 12's own _mm512_reduce_* and _mm512_undefined_* trip over it
+_AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12's own _mm512_undefined_* trips over them
 # The flags of an instruction set; the sources compiled for it end in its name (rows_avx2.cpp). The rest is "baseline".
 ISA_FLAGS = {"baseline": [], "portable": [], "avx2": _AVX2, "avx512": _AVX512}
 X86_ISAS = ("avx2", "avx512")

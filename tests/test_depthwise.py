@@ -1,7 +1,10 @@
 """Depthwise convolution, forward and backward, by both judges: as chosen, and through every row of the kernel table."""
 
 import pytest
+import torch
+from torch.nn.functional import conv2d
 
+import dsconv_ext.functional as F
 from cases import Case, sample
 from judges import check_accuracy, check_exact
 from row_tests import check_row, row_parameters
@@ -56,6 +59,26 @@ PLANES = (
     "dw n1c4h3w66k7s1d1p3 sliced fp32",
 )
 
+# Columns of bfloat16 in pairs (accumulate_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
+# each column of a pair outside, both or none, strides that begin a window with its second column, dilation, one row.
+PAIRED = (
+    "dw n2c24h14w14k3s1d1p1 nhwc bf16 act=relu6",
+    "dw n1c40h9w7k3s1d1p1 nhwc bf16",
+    "dw n1c17h8w33k3s2d1p1 nhwc bf16",
+    "dw n1c33h11w15k3s1d1p0 nhwc bf16",
+    "dw n1c24h6w5k3s1d1p2 nhwc bf16",
+    "dw n1c24h13w13k5s1d1p2 nhwc bf16 act=relu",
+    "dw n1c24h14w23k5s2d1p2 nhwc bf16",
+    "dw n1c24h7w7k7s1d1p3 nhwc bf16",
+    "dw n1c40h15w30k7s2d1p3 nhwc bf16",
+    "dw n1c24h12w29k2s1d1p0:1x0:1 nhwc bf16",
+    "dw n1c24h5w18k4s1d1p3:0x3:0 nhwc bf16",
+    "dw n1c24h20w21k3s1d3p3 nhwc bf16",
+    "dw n1c24w70k31s1d1p15 nhwc bf16",
+    "dw n1c64w40k4s1d1p3:0 nhwc bf16",
+    "dw n1c24t4h9w10k3x3x3s1x1x1d1p1x1x1 nhwc bf16",
+)
+
 
 @pytest.mark.cases("dw", 24, 300)
 def test_integers_are_exact(case):
@@ -69,12 +92,31 @@ def test_accuracy(case):
 
 @pytest.mark.parametrize("row", row_parameters("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad"))
 def test_every_row(row, library):
-    check_row(row, ROW_CASES)
+    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED)])
 
 
 @pytest.mark.parametrize("line", CELLS)
 def test_gradient_by_cells(line):
     check_exact(Case.parse(line))
+
+
+@pytest.mark.parametrize("line", PAIRED)
+def test_columns_in_pairs(line):
+    check_exact(Case.parse(line))
+    check_accuracy(Case.parse(line))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1), (7, 2)])
+def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype):
+    """A value outside the window of an output does not meet a weight of zero instead: the product would be NaN."""
+    for column in range(16):
+        x = torch.zeros(1, 16, 2, 16, dtype=dtype).to(memory_format=torch.channels_last)
+        x[..., 1, column] = torch.inf
+        weight = torch.ones(16, 1, taps, taps, dtype=dtype)
+        got = F.depthwise_conv2d(x, weight, stride=stride, padding=taps // 2)
+        expected = conv2d(x.double(), weight.double(), stride=stride, padding=taps // 2, groups=16)
+        assert torch.equal(got.double(), expected)
 
 
 @pytest.mark.parametrize("line", PLANES)

@@ -161,17 +161,35 @@ DSCONV_INLINE const char* why_not_bf16(const Problem& p) {
   return storage_of(p) == DType::bf16 ? nullptr : "multiplies bfloat16 only";
 }
 
-template <class Product>
+template <class Product, class Storage = BFloat16>
 struct Bf16Passes {
   template <class S>
   struct Forward : Pointwise<BFloat16, Product> {
     static const char* can_run(const PointwiseProblem& p) { return why_not_bf16(p); }
   };
   template <class S>
-  struct FusedForward : Fused<BFloat16, Product> {
+  struct FusedForward : Fused<Storage, Product> {
     static const char* can_run(const SeparableProblem& p) { return why_not_bf16(p); }
   };
 };
+
+// The depthwise passes by pairs of columns.
+template <bool kTransposed>
+struct PairedRows : Rows<PairedBFloat16, kTransposed> {
+  using Base = Rows<PairedBFloat16, kTransposed>;
+  static const char* can_run(const DepthwiseProblem& p) {
+    if (const char* reason = why_not_bf16(p)) return reason;
+    if (!RowStage<PairedBFloat16>::is_plain(Base::input_of(p), Base::input_map(p)))
+      return "columns of channels are not read where they lie";
+    if (kTransposed && max64(p.window.stride[1], p.window.stride[2]) > 1) return "strides of the input gradient";
+    return p.window.taps[2] == 1 ? "no two taps side by side" : nullptr;
+  }
+};
+template <class S>
+struct PairedForward : PairedRows<false> {};
+template <class S>
+struct PairedGradInput : PairedRows<true> {};
+
 template <class S>
 struct PackedBf16 : PackedWeights<TileProduct> {};
 

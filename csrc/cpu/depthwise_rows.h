@@ -83,16 +83,19 @@ struct Rows {
   static ChannelMap input_map(const DepthwiseProblem& p) {
     return {output_map(p).count, kTransposed ? p.multiplier : 1, kTransposed ? 1 : p.multiplier};
   }
+  // Do the blocks write S, though they compute in T?
+  static bool narrows(const DepthwiseProblem& p) {
+    return kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
+  }
   static Plan plan_of(const DepthwiseProblem& p) {
     const View& to = kTransposed ? p.grad_x : p.y;
     const ChannelMap map = output_map(p);
     const int64_t wanted = wanted_tasks(2 * depthwise_flops(p), kTasks);
     const bool streamed = kStreams && is_large<S>(p);
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, wanted);
-    const bool narrows = kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
-    if (!RowStage<S>::is_plain(to, map) || !(narrows || sizeof(S) == sizeof(T)))
+    if (!RowStage<S>::is_plain(to, map) || !(narrows(p) || sizeof(S) == sizeof(T)))
       return plan_of(p, Delivery::staged, streamed, wanted);
-    const bool whole_lines = kVectorBytes == kBlockBytes && has_whole_lines<S>(to, map.count);
+    const bool whole_lines = kLanes<T> * sizeof(S) == kBlockBytes && has_whole_lines<S>(to, map.count);
     return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, wanted);
   }
   // Channels are cut into as many chunks as the wanted number of tasks takes, or the cache.
@@ -155,8 +158,8 @@ struct Rows {
     const Window& w = p.window;
     const bool square = w.taps[0] == 1 && w.stride[0] == 1 && w.taps[1] == w.taps[2] && w.pad[1] % 2 == w.pad[2] % 2;
     const bool plain = w.stride[1] == 2 && w.stride[2] == 2 && w.dilation[1] == 1 && w.dilation[2] == 1;
-    if (!kTransposed || plan.parts > 1 || !square || !plain) return nullptr;
-    if constexpr (kWidens) {
+    if (!kTransposed || kIsPaired<S> || plan.parts > 1 || !square || !plain) return nullptr;
+    if constexpr (kWidens && !kIsPaired<S>) {
       if (plan.in.direct) return cell_kernels<S>(w.taps[1], w.pad[1] % 2);
     }
     return cell_kernels<T>(w.taps[1], w.pad[1] % 2);

@@ -117,12 +117,12 @@ static void multiply_rows(const typename Steps::A* a, int64_t lda, const typenam
     unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
       if constexpr (kWhole == 0) {
         Steps::multiply(half[r], Steps::template value<Half>(a, lda, r, k), low_half(b[0]));
-        return;
+      } else {
+        const auto value = Steps::template value<Vec<T>>(a, lda, r, k);
+        unroll<kWhole>([&]<int v>()
+                           __attribute__((always_inline)) { Steps::multiply(acc[r * kVectors + v], value, b[v]); });
+        if constexpr (kHalf) Steps::multiply(half[r], low_half(value), low_half(b[kWhole]));
       }
-      const auto value = Steps::template value<Vec<T>>(a, lda, r, k);
-      unroll<kWhole>([&]<int v>()
-                         __attribute__((always_inline)) { Steps::multiply(acc[r * kVectors + v], value, b[v]); });
-      if constexpr (kHalf) Steps::multiply(half[r], low_half(value), low_half(b[kWhole]));
     });
   }
   if constexpr (kHalf)

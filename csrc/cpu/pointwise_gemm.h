@@ -352,7 +352,10 @@ struct Fused {
   using Buffers = ProductBuffers<Product>;
   using Output = PanelOutput<S, Product>;
   // Rows of A in the storage type are a tensor like others; those of the compute type are rounded as it would be.
-  static constexpr Delivery kDelivery = sizeof(A) == sizeof(T) ? Delivery::direct : Delivery::staged;
+  static constexpr bool kRounds = sizeof(A) == sizeof(T);
+  static Delivery delivery_of(const DepthwiseProblem& p) {
+    return kRounds || Depthwise::narrows(p) ? Delivery::direct : Delivery::staged;
+  }
 
   static TilePlan plan_of(const SeparableProblem& p) {
     return plan_rows(p.depthwise.window.out, p.pointwise.in_channels);
@@ -361,7 +364,7 @@ struct Fused {
     return Depthwise::slot_bytes(rows) + Buffers::slot_bytes(p.pointwise, plan);
   }
   static size_t workspace_bytes(const SeparableProblem& p, int threads) {
-    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, kDelivery, false, 1);
+    typename Depthwise::Plan rows = Depthwise::plan_of(p.depthwise, delivery_of(p.depthwise), false, 1);
     return kBlockBytes + Depthwise::shared_bytes(p.depthwise, rows) + Buffers::shared_bytes(p.pointwise) +
            piece_bytes<T>(Output::bias_count(p.pointwise)) + threads * slot_bytes(rows, p, plan_of(p));
   }
@@ -370,7 +373,7 @@ struct Fused {
     const DepthwiseProblem& dw = problem.depthwise;
     const PointwiseProblem& pw = problem.pointwise;
     const TilePlan plan = plan_of(problem);
-    typename Depthwise::Plan rows = Depthwise::plan_of(dw, kDelivery, false, 1);
+    typename Depthwise::Plan rows = Depthwise::plan_of(dw, delivery_of(dw), false, 1);
     const int64_t lda = row_stride<A>(pw.in_channels), own_bytes = slot_bytes(rows, problem, plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Depthwise::shared_row(dw, rows, arena);
@@ -383,7 +386,8 @@ struct Fused {
       const Buffers buffers(pw, plan, own);
       T* staged = take<T>(own, Depthwise::output_count(rows));
       typename Depthwise::Worker worker(rows, shared, own);
-      if (kDelivery == Delivery::staged) worker.row.staged = staged;
+      if (rows.delivery == Delivery::staged) worker.row.staged = staged;
+      worker.row.narrow = !kRounds && rows.delivery == Delivery::direct;
       Product::begin();
       for_panels(pw, plan, Buffers::panels(pw), part, end, apart,
                  [&](int64_t image, const Box& box, int64_t first, int64_t last) {
@@ -391,7 +395,7 @@ struct Fused {
                      worker.begin(image, chunk);
                      depthwise_tile(worker, rows.c, box, buffers.a, lda);
                    }
-                   if constexpr (kDelivery == Delivery::direct) {
+                   if constexpr (kRounds) {
                      for (int64_t i = 0; i < product(box.extent); ++i)
                        round_row<S>(buffers.a + i * lda, pw.in_channels);
                    }

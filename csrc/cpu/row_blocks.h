@@ -7,6 +7,7 @@
 #pragma once
 
 #include "activation_rows.h"
+#include "pair_product.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
@@ -79,9 +80,9 @@ struct BlockRow {
   WindowRows window;
 };
 
-// Do block kernels that read S narrow their outputs themselves? With vectors of 64 bytes it is done for two at a time.
+// Do block kernels that read S narrow their outputs themselves?
 template <class S>
-constexpr bool kNarrows = sizeof(S) < sizeof(Compute<S>) && kVectorBytes == 32;
+constexpr bool kNarrows = sizeof(S) < sizeof(Compute<S>) && kVectorBytes >= 32;
 
 // Which of the columns from `column` on lie in [low, high): a bit for each of the first 63.
 DSCONV_INLINE uint64_t columns_inside(int64_t low, int64_t high, int64_t column) {
@@ -129,10 +130,100 @@ DSCONV_INLINE Vec<T> load_steps(const char* x, int64_t step) {
   return load_channels(reinterpret_cast<const S*>(x + times * step));
 }
 
+// Pairs of neighbouring columns: the bfloat16 value of the first in the lower half of each lane, that of the second above.
+DSCONV_INLINE Vec<float> pair_of(Vec<float> first, Vec<float> second) {
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Vec<float>>((reinterpret_cast<Word>(first) >> 16) | reinterpret_cast<Word>(second));
+}
+DSCONV_INLINE Vec<float> first_of(Vec<float> pair) {
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Word>(pair) << 16);
+}
+DSCONV_INLINE Vec<float> second_of(Vec<float> pair) {
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Word>(pair) & (Word{} + 0xffff0000));
+}
+template <class S>
+DSCONV_INLINE Vec<float> load_pair(const S* first, const S* second) {
+#if DSCONV_VECTOR_BYTES == 64
+  const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i order = _mm512_or_si512(place, _mm512_slli_epi32(_mm512_add_epi32(place, _mm512_set1_epi32(16)), 16));
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return reinterpret_cast<Vec<float>>(_mm512_permutexvar_epi16(order, both));
+#else
+  return pair_of(load_wide<S>(first), load_wide<S>(second));
+#endif
+}
+
+// A row of taps, and its pairs.
+template <int kTaps>
+struct PairedTaps {
+  Vec<float> tap[kTaps], pair[kTaps];
+
+  __attribute__((always_inline)) void set(int t, Vec<float> value) {
+    tap[t] = value;
+    if (t > 0) pair[t - 1] = pair_of(tap[t - 1], value);
+  }
+};
+
+// Accumulates a row of the input, whose column `c` lies at at.operator()<c>(), for two rows of outputs or for one of them.
+// Taps of an output that fill no pair are multiplied alone: a value outside its window could be infinite.
+template <class S, int kTaps, int kStride, bool kFirst, bool kSecond, int kPixels, bool kEdge, class At>
+DSCONV_INLINE void accumulate_pairs(Vec<float>* first, Vec<float>* second, At at, const PairedTaps<kTaps>& first_taps,
+                                    const PairedTaps<kTaps>& second_taps, uint64_t inside) {
+  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+  const auto alone = [&]<int column>(Vec<float> value) __attribute__((always_inline)) {
+    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+      constexpr int t = column - p * kStride;
+      if constexpr (t >= 0 && t < kTaps) {
+        if constexpr (kFirst) first[p] += value * first_taps.tap[t];
+        if constexpr (kSecond) second[p] += value * second_taps.tap[t];
+      }
+    });
+  };
+  unroll<ceil_div(kColumns, 2)>([&]<int i>() __attribute__((always_inline)) {
+    constexpr int column = 2 * i, next = column + 1;
+    if constexpr (next == kColumns) {
+      if (kEdge && !is_inside<column>(inside)) return;
+      alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
+    } else {
+      if (kEdge && (~inside >> column & 3) != 0) {
+        if (is_inside<column>(inside))
+          alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
+        if (is_inside<next>(inside)) alone.template operator()<next>(load_wide<S>(at.template operator()<next>()));
+        return;
+      }
+      const Vec<float> both = load_pair<S>(at.template operator()<column>(), at.template operator()<next>());
+      unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+        constexpr int t = column - p * kStride;
+        if constexpr (t >= 0 && t + 1 < kTaps) {
+          if constexpr (kFirst) multiply_pairs(first[p], both, first_taps.pair[t]);
+          if constexpr (kSecond) multiply_pairs(second[p], both, second_taps.pair[t]);
+        } else if constexpr (t == -1 || t + 1 == kTaps) {
+          const Vec<float> value = t == -1 ? second_of(both) : first_of(both);
+          if constexpr (kFirst) first[p] += value * first_taps.tap[max64(t, 0)];
+          if constexpr (kSecond) second[p] += value * second_taps.tap[max64(t, 0)];
+        }
+      });
+    }
+  });
+}
+
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.
 template <class S, int kTaps, int kStride, int kRows, int kPixels, bool kEdge, class T = Compute<S>>
 DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x, int64_t x_step, const T* weight0,
                                       const T* weight1, uint64_t inside) {
+  if constexpr (kIsPaired<S> && kTaps > 1) {
+    PairedTaps<kTaps> w[2];
+    unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+      w[0].set(t, load(weight0 + t * kLanes<T>));
+      if constexpr (kRows == 2) w[1].set(t, load(weight1 + t * kLanes<T>));
+    });
+    const auto at = [&]<int column>() __attribute__((always_inline)) { return x + column * x_step; };
+    return accumulate_pairs<S, kTaps, kStride, true, kRows == 2, kPixels, kEdge>(first, second, at, w[0], w[1], inside);
+  }
   Vec<T> w[2][kTaps];
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
     w[0][t] = load(weight0 + t * kLanes<T>);
@@ -225,6 +316,8 @@ struct BlockOutputs {
     };
     if (streamed) {
       all(static_cast<T*>(y), [](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
+    } else if (narrow && kRoundsBf16<S> && has_avx512_bf16) {
+      all(static_cast<S*>(y), [](S* to, Vec<T> v) __attribute__((always_inline)) { store_bf16(to, v); });
     } else if (narrow) {
       all(static_cast<S*>(y), [](S* to, Vec<T> v) __attribute__((always_inline)) { store_narrow(to, v); });
     } else {
@@ -319,6 +412,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       const int64_t c = block_channel<T>(next, channels);
       unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { fresh.fetch(next + v * kL); });
       Vec<T> acc[kVectors * kCount], w[kTaps][kTaps];
+      [[maybe_unused]] PairedTaps<kTaps> paired[kTaps];
       unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
         const Vec<T> bias = load(row.bias + c + v * kL);
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[v * kCount + i] = bias; });
@@ -328,9 +422,17 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         if constexpr (q < kTaps) {
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
             w[q][t] = load_once(weights + v * weight_block + (q * kTaps + t) * kL);
+            if constexpr (kIsPaired<S>) paired[q].set(t, w[q][t]);
           });
         }
         if (kEdge && !is_inside<q>(rows_inside)) return;
+        if constexpr (kIsPaired<S>) {
+          constexpr bool kFirst = q < kTaps, kSecond = kRows == 2 && q >= kStride;
+          const S* const row_x = x[q] + c;
+          const auto at = [&]<int column>() __attribute__((always_inline)) { return row_x + column * row.x_step; };
+          return accumulate_pairs<S, kTaps, kStride, kFirst, kSecond, kPixels, kEdge>(
+              acc, acc + (kCount - kPixels), at, paired[min64(q, kTaps - 1)], paired[max64(q - kStride, 0)], inside);
+        }
         Vec<T>* const first = acc + v * kCount;
         const char* at[kColumns / 3 + 1];
         at[0] = reinterpret_cast<const char*>(x[q] + c + v * kL);

@@ -87,6 +87,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// The same as BFloat16 to all but the block kernels, which multiply neighbouring columns of it in pairs.
+struct PairedBFloat16 : BFloat16 {};
+
+template <class S>
+constexpr bool kIsBFloat16 = __is_base_of(BFloat16, S);
+template <class S>
+constexpr bool kIsPaired = __is_same(S, PairedBFloat16);
 
 template <class S>
 struct ComputeOf {
@@ -147,7 +154,7 @@ template <class S>
 DSCONV_INLINE void widen_row(Compute<S>* __restrict dst, const S* __restrict src, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (sizeof(S) == 2 && !__is_same(S, BFloat16)) {
+  if constexpr (sizeof(S) == 2 && !kIsBFloat16<S>) {
     for (; i + 8 <= count; i += 8) {
       const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
       _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
@@ -160,7 +167,7 @@ template <class S>
 DSCONV_INLINE void narrow_row(S* __restrict dst, const Compute<S>* __restrict src, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (sizeof(S) == 2 && !__is_same(S, BFloat16)) {
+  if constexpr (sizeof(S) == 2 && !kIsBFloat16<S>) {
     for (; i + 8 <= count; i += 8) {
       const __m256 v = _mm256_loadu_ps(src + i);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -175,7 +182,7 @@ template <class S, class T = Compute<S>>
 DSCONV_INLINE Vec<T> load_wide(const S* p) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return load(reinterpret_cast<const T*>(p));
-  } else if constexpr (__is_same(S, BFloat16)) {
+  } else if constexpr (kIsBFloat16<S>) {
 #if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
     const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -216,7 +223,7 @@ DSCONV_INLINE auto narrowed(Vec<T> v) {
   [[maybe_unused]] typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   if constexpr (sizeof(S) == sizeof(T)) {
     return v;
-  } else if constexpr (__is_same(S, BFloat16)) {
+  } else if constexpr (kIsBFloat16<S>) {
     const auto words = rounded_bits(v) >> 16;
 #if DSCONV_VECTOR_BYTES == 32
     const auto bits = reinterpret_cast<__m256i>(words);
@@ -242,7 +249,7 @@ DSCONV_INLINE auto narrowed(Vec<T> v) {
 #if DSCONV_VECTOR_BYTES == 64
 template <class S>
 DSCONV_INLINE __m512i narrowed_pair(Vec<float> low, Vec<float> high) {
-  if constexpr (__is_same(S, BFloat16)) {
+  if constexpr (kIsBFloat16<S>) {
     if (has_avx512_bf16) {  // a tenth of the instructions; subnormals become zeros
       __m512i bits;
       asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(low), "v"(high));
@@ -260,7 +267,7 @@ DSCONV_INLINE __m512i narrowed_pair(Vec<float> low, Vec<float> high) {
 #elif DSCONV_VECTOR_BYTES == 32
 template <class S>
 DSCONV_INLINE __m256i narrowed_pair(Vec<float> low, Vec<float> high) {
-  if constexpr (__is_same(S, BFloat16)) {
+  if constexpr (kIsBFloat16<S>) {
     const auto lows = reinterpret_cast<__m256i>(rounded_bits(low) >> 16);
     const auto highs = reinterpret_cast<__m256i>(rounded_bits(high) >> 16);
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(lows, highs), 0xd8);
@@ -274,7 +281,7 @@ template <class S, class T = Compute<S>>
 DSCONV_INLINE Vec<T> rounded(Vec<T> v) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return v;
-  } else if constexpr (__is_same(S, BFloat16)) {
+  } else if constexpr (kIsBFloat16<S>) {
     typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
     return reinterpret_cast<Vec<T>>(rounded_bits(v) & (Word{} + 0xffff0000));
   } else {
@@ -288,6 +295,19 @@ template <class S, class T = Compute<S>>
 DSCONV_INLINE void store_narrow(S* p, Vec<T> v) {
   const auto bits = narrowed<S>(v);
   memcpy(p, &bits, sizeof bits);
+}
+// The same for bfloat16 where the processor rounds to it (has_avx512_bf16); subnormals become zeros.
+template <class S>
+constexpr bool kRoundsBf16 = kVectorBytes == 64 && kIsBFloat16<S>;
+template <class S, class V>
+DSCONV_INLINE void store_bf16([[maybe_unused]] S* p, [[maybe_unused]] V v) {
+#if DSCONV_VECTOR_BYTES == 64
+  if constexpr (kRoundsBf16<S>) {
+    __m256i bits;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    memcpy(p, &bits, sizeof bits);
+  }
+#endif
 }
 
 // A store that goes past the caches, without the read that fills a line before it is written. p is a multiple of the
