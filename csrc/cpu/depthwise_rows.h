@@ -59,7 +59,7 @@ template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
-  static constexpr int64_t kTasks = 64;
+  static constexpr int64_t kTasks = 64, kFewTasks = 16;
   static constexpr int kMostOutputs = max64(BlockKernels<T>::kLong, 2 * CellKernels<T>::kWide);  // of a block
   // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
   static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
@@ -141,7 +141,8 @@ struct Rows {
     int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
-    const int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
+    int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
+    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks) shares = max64(shares, 2);  // equal ones for two threads
     fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
@@ -480,10 +481,18 @@ struct Rows {
       worker.row.narrow = kNarrows<S> && plan.delivery == Delivery::direct;
       const int64_t groups = ceil_div(plan.pairs, plan.group);
       for (; task < end; ++task) {
-        int64_t at = task;
-        const int64_t first = 2 * plan.group * (at % groups), y_phase = (at /= groups) % plan.y_phases;
-        const int64_t chunk = (at /= plan.y_phases) % plan.chunks;
-        const int64_t d = (at /= plan.chunks) % plan.c.target()[0], image = at / plan.c.target()[0];
+        int64_t image = task;
+        const auto next_of = [&](int64_t count) {
+          const int64_t index = image % count;
+          image /= count;
+          return index;
+        };
+        // Chunks of channels follow each other, so that threads have equal shares of unequal ones; but not where rows that
+        // are in the ring would have to be copied again.
+        int64_t chunk = plan.in.direct ? next_of(plan.chunks) : 0;
+        const int64_t first = 2 * plan.group * next_of(groups), y_phase = next_of(plan.y_phases);
+        if (!plan.in.direct) chunk = next_of(plan.chunks);
+        const int64_t d = next_of(plan.c.target()[0]);
         const Phase y = output_rows(plan, y_phase);
         const int64_t last = min64(first + 2 * plan.group, y.count);
         if (first >= last) continue;
