@@ -61,8 +61,6 @@ struct Rows {
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
   static constexpr int64_t kTasks = 64, kFewTasks = 16;
   static constexpr int kMostOutputs = max64(BlockKernels<T>::kLong, 2 * CellKernels<T>::kWide);  // of a block
-  // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
-  static constexpr bool kWidens = sizeof(S) == sizeof(T) || DSCONV_VECTOR_BYTES > 16;
 
   // A task is one or two output rows of one phase, or a group of such pairs, over the whole width and a chunk of channels.
   struct Plan {
@@ -113,7 +111,7 @@ struct Rows {
     RowStage<S>& in = plan.in;
     in.view = input_of(p);
     in.map = input_map(p);
-    in.direct = kWidens && RowStage<S>::is_plain(in.view, in.map);
+    in.direct = kWidens<S> && RowStage<S>::is_plain(in.view, in.map);
     const auto &source = plan.c.source(), &target = plan.c.target();
     const Phase z = plan.c.phase(0, 0), y = plan.c.phase(1, 0);
     in.plane_step = z.tap_step;
@@ -160,7 +158,7 @@ struct Rows {
     const bool square = w.taps[0] == 1 && w.stride[0] == 1 && w.taps[1] == w.taps[2] && w.pad[1] % 2 == w.pad[2] % 2;
     const bool plain = w.stride[1] == 2 && w.stride[2] == 2 && w.dilation[1] == 1 && w.dilation[2] == 1;
     if (!kTransposed || kIsPaired<S> || plan.parts > 1 || !square || !plain) return nullptr;
-    if constexpr (kWidens && !kIsPaired<S>) {
+    if constexpr (kWidens<S> && !kIsPaired<S>) {
       if (plan.in.direct) return cell_kernels<S>(w.taps[1], w.pad[1] % 2);
     }
     return cell_kernels<T>(w.taps[1], w.pad[1] % 2);
@@ -339,7 +337,7 @@ struct Rows {
     }
 
     const BlockKernels<T>& kernels_for(const Phase& x) const {
-      if constexpr (kWidens) {
+      if constexpr (kWidens<S>) {
         if (in.direct) return block_kernels<S>(x.taps, x.apart);
       }
       return block_kernels<T>(x.taps, x.apart);

@@ -22,18 +22,17 @@ struct GradStep {
 
 // Neighbouring columns that the next steps will be the first to read: while a kernel walks along its own steps, it fetches
 // them, as NextBlock does.
-template <class T>
 struct NextSteps {
   static constexpr int kMost = 6;
-  const T *x[kMost], *grad;  // the first channel in work of the first column, in rows of the input and of gradients
-  int count;                 // of rows of the input
+  const void *x[kMost], *grad;  // the first channel in work of the first column, in rows of the input and of gradients
+  int count;                    // of rows of the input
   bool gradients;
   int64_t x_step, g_step;  // elements between columns
 };
 
 template <class T>
 struct GradRow {
-  const T *x, *grad;                 // channel 0 of an image
+  const void *x, *grad;              // channel 0 of an image, of the type that the kernel reads
   int64_t x_step, x_pixel, g_pixel;  // elements between columns, between outputs in the input and in the gradient
   int64_t first, last, channels;     // channels [first, last) of `channels`; `first` begins a block
   T* sums;                           // [block][tap, then the bias][lane]; the last block ends with the last channel
@@ -42,45 +41,46 @@ struct GradRow {
   int64_t step_count;
   int64_t tap[kMaxRuns];  // the first of each run
   bool bias;              // also sum the gradient itself
-  NextSteps<T> next;
+  NextSteps next;
 };
 
 // Pixels of the steps.
 constexpr int kGradWide = DSCONV_VECTOR_BYTES == 64 ? 7 : 4, kGradNarrow = 3;
 
 // Fetches the share of kPixels outputs; `fetched` elements of gradients were before them.
-template <int kPixels, int kStride, class T>
+template <class S, int kPixels, int kStride, class T>
 DSCONV_INLINE void fetch_next(const GradRow<T>& row, int64_t fetched) {
-  constexpr int kLine = kBlockBytes / sizeof(T), kL = kLanes<T>;
-  const NextSteps<T>& next = row.next;
+  constexpr int kLine = kBlockBytes / sizeof(S), kL = kLanes<T>;
+  const NextSteps& next = row.next;
   const int64_t channels = row.last - row.first;
   if (next.gradients) {
-    const T* const share = next.grad + column_offset(fetched, channels, next.g_step);
+    const S* const share = static_cast<const S*>(next.grad) + column_offset(fetched, channels, next.g_step);
     unroll<ceil_div(kPixels * kL, kLine)>(
         [&]<int line>() __attribute__((always_inline)) { __builtin_prefetch(share + line * kLine, 0, 2); });
   }
   if (next.count == 0) return;
   const int64_t share = column_offset(fetched * kStride, channels, next.x_step);
   unroll<ceil_div(kPixels * kStride * kL, kLine)>([&]<int line>() __attribute__((always_inline)) {
-    for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.x[i] + share + line * kLine, 0, 2);
+    for (int i = 0; i < next.count; ++i)
+      __builtin_prefetch(static_cast<const S*>(next.x[i]) + share + line * kLine, 0, 2);
   });
 }
 
-template <class T, int kTaps, int kStride, int kRuns, int kPixels, bool kEdge>
-DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, const T* x, const T* grad, Vec<T>* sum,
+template <class S, int kTaps, int kStride, int kRuns, int kPixels, bool kEdge, class T = Compute<S>>
+DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, const S* x, const S* grad, Vec<T>* sum,
                                    Vec<T>& bias, int64_t fetched) {
   Vec<T> g[kPixels];
   grad += step.grad;
-  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_once(grad + p * row.g_pixel); });
+  unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { g[p] = load_channels(grad + p * row.g_pixel); });
   if (row.bias) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { bias += g[p]; });
-  fetch_next<kPixels, kStride>(row, fetched);
+  fetch_next<S, kPixels, kStride>(row, fetched);
   unroll<kRuns>([&]<int r>() __attribute__((always_inline)) {
     const uint64_t inside = step.inside[r];
     if (kEdge && !inside) return;
-    const T* column = x + step.x[r];
+    const S* column = x + step.x[r];
     unroll<(kPixels - 1) * kStride + kTaps>([&]<int c>() __attribute__((always_inline)) {
       if (kEdge && !is_inside<c>(inside)) return;
-      const Vec<T> value = load_once(column + c * row.x_step);
+      const Vec<T> value = load_channels(column + c * row.x_step);
       unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
         constexpr int offset = c - t, p = offset / kStride;
         if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) sum[r * kTaps + t] += value * g[p];
@@ -90,19 +90,19 @@ DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, 
 }
 
 // The sums of kRuns runs of kTaps taps over all steps.
-template <class T, int kTaps, int kStride, int kRuns>
+template <class S, int kTaps, int kStride, int kRuns, class T = Compute<S>>
 static void grad_block(const GradRow<T>& row) {
   constexpr int kL = kLanes<T>;
   T* sums = row.sums + row.first / kL * (row.taps + 1) * kL;
   int64_t fetched = 0;
   for (int64_t next = row.first; next < row.last; next += kL, sums += (row.taps + 1) * kL) {
     const int64_t c = block_channel<T>(next, row.channels);
-    const T *x = row.x + c, *grad = row.grad + c;
+    const S *x = static_cast<const S*>(row.x) + c, *grad = static_cast<const S*>(row.grad) + c;
     Vec<T> sum[kRuns * kTaps], bias = splat(T(0));
     unroll<kRuns * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = splat(T(0)); });
     for (const GradStep *step = row.steps, *end = step + row.step_count; step != end; ++step) {
       const auto accumulate = [&]<int pixels, bool edge>() __attribute__((always_inline)) {
-        accumulate_step<T, kTaps, kStride, kRuns, pixels, edge>(row, *step, x, grad, sum, bias, fetched);
+        accumulate_step<S, kTaps, kStride, kRuns, pixels, edge>(row, *step, x, grad, sum, bias, fetched);
         fetched += pixels * kL;
       };
       switch (step->size) {
@@ -129,18 +129,18 @@ struct GradKernels {
   int runs;
   Block block[kMaxRuns];
 
-  template <int kTaps, int kStride>
+  template <class S, int kTaps, int kStride>
   static constexpr GradKernels make() {
     constexpr int kSums = DSCONV_VECTOR_BYTES == 64 ? 21 : 10, kFit = kSums / kTaps;
     constexpr int kRuns = kFit < 1 ? 1 : kFit > kMaxRuns ? kMaxRuns : kFit;
     GradKernels k{kTaps, kStride, false, kRuns, {}};
-    unroll<kRuns>([&]<int i>() __attribute__((always_inline)) { k.block[i] = grad_block<T, kTaps, kStride, i + 1>; });
+    unroll<kRuns>([&]<int i>() __attribute__((always_inline)) { k.block[i] = grad_block<S, kTaps, kStride, i + 1>; });
     return k;
   }
 };
 
-// Those whose taps divide a row of `taps` with the fewest left over. Defined in block_kernels.inc.
-template <class T>
-const GradKernels<T>& grad_kernels(int64_t taps, int64_t stride);
+// Those that read S and whose taps divide a row of `taps` with the fewest left over. Defined in block_kernels.inc.
+template <class S>
+const GradKernels<Compute<S>>& grad_kernels(int64_t taps, int64_t stride);
 
 }  // namespace dsconv::cpu::DSCONV_ISA

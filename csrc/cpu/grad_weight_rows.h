@@ -44,12 +44,17 @@ struct RowsGradWeight {
     // Rows that crowd the cache are copied where several rows of outputs meet them.
     const bool crowded = kHasLines<S> && !plan.fetches && w.stride[1] == 1 && w.taps[1] > 1 &&
                          (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
-    plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map) && !crowded;
-    plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map) && !crowded;
+    const bool plain_x = RowStage<S>::is_plain(p.x, plan.x.map),
+               plain_grad = RowStage<S>::is_plain(p.grad, plan.grad.map);
+    const bool alike = sizeof(S) == sizeof(T);  // else the kernels read both where they lie, or neither
+    const bool direct_x = plain_x && (alike || (kWidens<S> && plain_grad));
+    const bool direct_grad = plain_grad && (alike || (kWidens<S> && plain_x));
+    plan.x.direct = direct_x && !crowded;
+    plan.grad.direct = direct_grad && !crowded;
     int64_t column = plan_rings(plan), ring = crowded ? kCrowdedRingBytes : kRingBytes;
     if (crowded && column * kBlockBytes > ring) {  // the copies would crowd the cache too
-      plan.x.direct = RowStage<S>::is_direct(p.x, plan.x.map);
-      plan.grad.direct = RowStage<S>::is_direct(p.grad, plan.grad.map);
+      plan.x.direct = direct_x;
+      plan.grad.direct = direct_grad;
       column = plan_rings(plan);
       ring = kRingBytes;
     }
@@ -159,18 +164,25 @@ struct RowsGradWeight {
       return z >= 0 && z < w.in[0] && y >= 0 && y < w.in[1];
     }
 
+    const GradKernels<T>& kernels_for(int64_t taps, int64_t stride) const {
+      if constexpr (kWidens<S>) {
+        if (x.direct) return grad_kernels<S>(taps, stride);
+      }
+      return grad_kernels<T>(taps, stride);
+    }
+
     // Adds `count` rows of outputs, of one plane, from row r on: all phases and taps.
     void add_rows(int64_t r, int64_t count) {
       const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
       const int64_t base = block_channel<T>(row.first, plan.channels);
       x.begin(image, base);
       grad.begin(image, base);
-      row.x = static_cast<const T*>(x.at(0));
-      row.grad = static_cast<const T*>(grad.at(0));
+      row.x = x.at(0);
+      row.grad = grad.at(0);
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
         const Phase phase = plan.c.phase(2, i);
         if (phase.count == 0) break;
-        const GradKernels<T>&kernels = grad_kernels<T>(phase.taps, phase.apart), &singles = grad_kernels<T>(1, 1);
+        const GradKernels<T>&kernels = kernels_for(phase.taps, phase.apart), &singles = kernels_for(1, 1);
         row.x_pixel = phase.in_step * x.column();
         row.g_pixel = phase.out_step * grad.column();
         const int64_t whole = kernels.taps > 1 ? phase.taps / kernels.taps * kernels.taps : 0;
@@ -256,7 +268,7 @@ struct RowsGradWeight {
     // What follows output `n` of a phase of `count` rows from row r on: the same rows from there on, or those after them; of
     // these, each of several phases takes its share.
     void look_ahead(int64_t r, int64_t count, const Phase& phase, int64_t index, int64_t n) {
-      NextSteps<T>& next = row.next;
+      NextSteps& next = row.next;
       next = {};
       const bool here = count == 1 && plan.c.phases(2) == 1 && n < phase.count;
       if (!here) r += count;
@@ -265,18 +277,18 @@ struct RowsGradWeight {
       const int64_t column = here ? n : index * phase.count;
       if (grad.direct) {
         next.gradients = true;
-        next.grad = static_cast<const T*>(plan.grad.view.data) + image * plan.grad.view.stride[0] + row.first +
+        next.grad = static_cast<const S*>(plan.grad.view.data) + image * plan.grad.view.stride[0] + row.first +
                     grad.row(0, d, h) + column * grad.column();
         next.g_step = grad.column();
       }
       if (!x.direct) return;
       next.x_step = x.column();
-      const T* const first = static_cast<const T*>(plan.x.view.data) + image * plan.x.view.stride[0] + row.first +
+      const S* const first = static_cast<const S*>(plan.x.view.data) + image * plan.x.view.stride[0] + row.first +
                              (column * phase.apart + (here ? max64(0, phase.taps - phase.apart) : 0)) * x.column();
       const int64_t fresh = min64(w.taps[1], w.stride[1]), rows = here ? 1 : min64(plan.group, w.out[1] - h);
       for (int64_t u = 0, z, y; u < w.taps[0]; ++u) {
         if (!meets(d, h, u, w.taps[1] - fresh, z, y)) continue;
-        for (int64_t i = 0; i < fresh && y < w.in[1] && next.count < NextSteps<T>::kMost; ++i, y += rows)
+        for (int64_t i = 0; i < fresh && y < w.in[1] && next.count < NextSteps::kMost; ++i, y += rows)
           next.x[next.count++] = first + x.row(0, z, y);
       }
     }

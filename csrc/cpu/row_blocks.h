@@ -80,6 +80,10 @@ struct BlockRow {
   WindowRows window;
 };
 
+// Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
+template <class S>
+constexpr bool kWidens = sizeof(S) == sizeof(Compute<S>) || kVectorBytes > 16;
+
 // Do block kernels that read S narrow their outputs themselves?
 template <class S>
 constexpr bool kNarrows = sizeof(S) < sizeof(Compute<S>) && kVectorBytes >= 32;

@@ -227,7 +227,6 @@ struct RowStage {
   static bool is_plain(const View& v, const ChannelMap& map) {
     return v.stride[1] == 1 && map.step == 1 && map.divide == 1 && map.count >= kL;
   }
-  static bool is_direct(const View& v, const ChannelMap& map) { return sizeof(S) == sizeof(T) && is_plain(v, map); }
   int64_t places() const { return direct ? 0 : planes * rows * map.step; }
   int64_t row_elements() const { return size[2] * lanes; }
   int64_t scratch() const { return piece_bytes<int64_t>(places()) + piece_bytes<T>(places() * row_elements()); }
