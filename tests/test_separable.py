@@ -2,11 +2,19 @@
 
 import pytest
 
-from cases import sample
+from cases import Case, sample
 from judges import check_accuracy, check_exact
 from row_tests import check_row, row_parameters
 
 ROW_CASES = sample("sep", 6, seed=2)
+# Outputs that fill half a vector of a panel, one, one and a half or nearly two (csrc/cpu/gemm.h), alone and after a
+# whole panel, in blocks of 8, 4, 2 and 1 rows. The number of channels is odd: bfloat16 is multiplied in pairs of them.
+PARTIAL = [
+    f"sep n1c9h5w3k3s1d1p1o{outputs} nhwc {dtype} mid=relu6 act=relu res fuse={fuse}"
+    for dtype, vector in (("fp32", 16), ("fp64", 8), ("bf16", 16), ("fp16", 16))
+    for outputs in (vector // 2 - 1, vector - 1, vector + vector // 2, 2 * vector - 1, 2 * vector + 3, 3 * vector + 3)
+    for fuse in ("always", "never")
+]
 
 
 @pytest.mark.cases("sep", 24, 300)
@@ -17,6 +25,11 @@ def test_integers_are_exact(case):
 @pytest.mark.cases("sep", 24, 300)
 def test_accuracy(case):
     check_accuracy(case)
+
+
+@pytest.mark.parametrize("line", PARTIAL)
+def test_outputs_that_fill_a_part_of_a_panel(line):
+    check_exact(Case.parse(line))
 
 
 @pytest.mark.parametrize("row", row_parameters())
