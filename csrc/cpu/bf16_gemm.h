@@ -164,7 +164,7 @@ DSCONV_INLINE const char* why_not_bf16(const Problem& p) {
 template <class Product, class Storage = BFloat16>
 struct Bf16Passes {
   template <class S>
-  struct Forward : Pointwise<BFloat16, Product> {
+  struct Forward : Pointwise<Storage, Product> {
     static const char* can_run(const PointwiseProblem& p) { return why_not_bf16(p); }
   };
   template <class S>

@@ -27,10 +27,6 @@ template <class V>
 DSCONV_INLINE V low_half(V v) {
   return v;
 }
-template <class V>
-DSCONV_INLINE V from_half(V v) {
-  return v;
-}
 #endif
 
 // What becomes of the rows of one panel of a product: y = activation(product + bias + residual), stored as Y.

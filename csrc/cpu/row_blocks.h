@@ -150,7 +150,7 @@ DSCONV_INLINE Vec<float> second_of(Vec<float> pair) {
 template <class S>
 DSCONV_INLINE Vec<float> load_pair(const S* first, const S* second) {
 #if DSCONV_VECTOR_BYTES == 64
-  const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i place = lane_numbers();  // lane l: word l, word 16 + l
   const __m512i order = _mm512_or_si512(place, _mm512_slli_epi32(_mm512_add_epi32(place, _mm512_set1_epi32(16)), 16));
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));

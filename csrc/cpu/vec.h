@@ -177,6 +177,11 @@ DSCONV_INLINE void narrow_row(S* __restrict dst, const Compute<S>* __restrict sr
   for (; i < count; ++i) narrow(src[i], dst + i);
 }
 
+#if DSCONV_VECTOR_BYTES == 64
+// The number of each lane.
+DSCONV_INLINE __m512i lane_numbers() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+#endif
+
 // One vector of the compute type from storage, and back.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE Vec<T> load_wide(const S* p) {
@@ -184,10 +189,9 @@ DSCONV_INLINE Vec<T> load_wide(const S* p) {
     return load(reinterpret_cast<const T*>(p));
   } else if constexpr (kIsBFloat16<S>) {
 #if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
-    const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return reinterpret_cast<Vec<T>>(
-        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(place, 16), _mm512_castsi256_si512(bits)));
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers(), 16),
+                                                                   _mm512_castsi256_si512(bits)));
 #elif DSCONV_VECTOR_BYTES == 32  // two instructions: of a converted vector, GCC makes six
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return reinterpret_cast<Vec<T>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
