@@ -50,7 +50,8 @@ class Variant:
 # -O1 and frame pointers: a sanitized -O3 build takes minutes and its traces point nowhere.
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 PLAIN = Variant("plain")
-# The block kernels are megabytes of straight-line code, which takes a quarter of an hour to compile with UBSan.
+# The block kernels, and those over planes, are megabytes of straight-line code, which takes a quarter of an hour to compile
+# with UBSan.
 ADDRESS = Variant(
     "asan",
     (*SANITIZED, "-fsanitize=address,undefined"),
@@ -93,7 +94,7 @@ def ready_object(variant: Variant, source: str) -> str | None:
 def compile_lines(variant: Variant, source: str) -> list[str]:
     """How to compile a source: the library's flags for its instruction set, then the variant's."""
     isa, path = _build.isa_of(source), ROOT / source
-    is_block = path.name.startswith("blocks_")
+    is_block = path.name.startswith(("blocks_", "planes_avx"))
     own = variant.flags if variant.block_flags is None or not is_block else variant.block_flags
     includes = [f"{ROOT}/tests/core/emulated"] if variant.emulates_amx else []
     includes += _build.INCLUDE_DIRS

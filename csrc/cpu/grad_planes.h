@@ -20,49 +20,51 @@ struct GradStrip {
   GradStrip(int64_t first, int64_t count, int64_t low, int64_t high, int64_t dilation) : first(first) {
     constexpr int kL = kLanes<T>;
     inner = count == kL && low <= 0 && high >= (kTaps - 1) * dilation + kL * kStride;
-    outputs = {0, count};
+    outputs = {0, count, -first, count};
     for (int t = 0; t < kTaps; ++t) {
-      const int64_t from = low - t * dilation, to = min64(high - t * dilation, count * kStride);
+      const int64_t from = low - t * dilation, end = high - t * dilation, to = min64(end, count * kStride);
       inside[t] = {ceil_div(from, kStride), ceil_div(to, kStride)};
-      for (int i = 0; i < kStride; ++i) columns[t][i] = {from - i * kL, to - i * kL};
+      for (int i = 0; i < kStride; ++i) columns[t][i] = {from - i * kL, to - i * kL, from - i * kL, end - i * kL};
     }
   }
 };
 
 // Neighbouring rows of outputs of a strip, and the rows of the input that kRows rows of taps pair them with.
-template <class T>
+template <class S>
 struct GradPiece {
-  const T *x, *grad;                            // the column and the output that come first
-  const T *next_x, *next_grad;                  // what is fetched for later: as much as is read
+  const S *x, *grad;                            // the column and the output that come first
+  const S *next_x, *next_grad;                  // what is fetched for later: as much as is read
   int64_t x_step, x_row, grad_row, x_dilation;  // between outputs, rows of taps, rows of gradients, columns of taps
   int64_t count, from, to;                      // rows of outputs; of which [from, to) pair with no row outside
   int64_t top, step, tap_step, height;  // row u of taps pairs row n of outputs with top + n * step + u * tap_step
 };
 
 // Adds to sums[tap] and, if it is wanted, to the bias.
-template <class T, int kTaps, int kStride, int kRows, bool kInner>
-static void grad_strip(const GradPiece<T>& piece, const GradStrip<T, kTaps, kStride>& strip, Vec<T>* sums,
+template <class S, int kTaps, int kStride, int kRows, bool kInner, class T = Compute<S>>
+static void grad_strip(const GradPiece<S>& piece, const GradStrip<T, kTaps, kStride>& strip, Vec<T>* sums,
                        Vec<T>* bias) {
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kRows * kTaps], gradients = splat(T(0));
   unroll<kRows * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = sums[i]; });
-  const T *x = piece.x, *grad = piece.grad;
+  const S *x = piece.x, *grad = piece.grad;
   const int64_t x_step = piece.x_step, x_row = piece.x_row, grad_row = piece.grad_row, dilation = piece.x_dilation;
-  const T *next_x = piece.next_x, *next_grad = piece.next_grad;
+  const S *next_x = piece.next_x, *next_grad = piece.next_grad;
   const auto add_row = [&]<bool kChecked>(int64_t n) __attribute__((always_inline)) {
-    const Vec<T> g = kInner ? load_once(grad) : strip.outputs.load(grad);
-    const auto as_paired = [](Vec<T> v)
-                               __attribute__((always_inline)) { return kStride == 2 ? from_proper_order<T>(v) : v; };
+    const Vec<T> g = widened<S>(kInner ? load_bits_once(grad) : strip.outputs.load(grad));
+    const auto as_paired = [](Vec<T> v) __attribute__((always_inline)) {
+      if constexpr (kShuffles<S, kStride>) v = from_proper_order<T>(v);
+      return v;
+    };
     const Vec<T> paired = as_paired(g);
     gradients += g;
     unroll<kRows>([&]<int u>() __attribute__((always_inline)) {
       const int64_t row = piece.top + n * piece.step + u * piece.tap_step;
       if (kChecked && (row < 0 || row >= piece.height)) return;
       const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
-        const T* at = x + u * x_row + t * dilation + i * kL;
-        return kInner ? load(at) : strip.columns[t][i].load(at);
+        const S* at = x + u * x_row + t * dilation + i * kL;
+        return kInner ? load_bits(at) : strip.columns[t][i].load(at);
       };
-      for_taps<T, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
+      for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
         sum[u * kTaps + t] += value * (kInner ? paired : as_paired(strip.inside[t].of(g)));
       });
     });
@@ -92,20 +94,21 @@ struct PlanesGradWeight {
 
   static const char* can_run(const DepthwiseProblem& p) {
     const Window& w = p.window;
-    if (sizeof(S) != sizeof(T)) return "half types are widened by rows";
+    if (!kWidens<S>) return "half types are widened by rows";
     if (p.x.stride[4] != 1 || p.grad.stride[4] != 1) return "columns are no neighbours in memory";
     if (w.in[0] != 1 || w.taps[0] != 1 || w.out[0] != 1) return "three dimensions";
     if (w.taps[1] != w.taps[2] || (w.taps[1] != 3 && w.taps[1] != 5 && w.taps[1] != 7))
       return "taps other than 3x3, 5x5, 7x7";
     if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && product(w.dilation) != 1))
       return "strides other than 1, and 2 without dilation";
+    if (!has_wide_rows<S>(w)) return "rows of a half type that are shorter than a vector";
     return nullptr;
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int) {
     return kBlockBytes + piece_bytes<GradStrip<T, 7, 2>>(ceil_div(p.window.out[2], kL));
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    if constexpr (sizeof(S) == sizeof(T)) {
+    if constexpr (kWidens<S>) {
       unroll<6>([&]<int i>() __attribute__((always_inline)) {
         constexpr int kTaps = 3 + i / 2 * 2, kStride = 1 + i % 2;
         if (p.window.taps[1] == kTaps && p.window.stride[1] == kStride)
@@ -156,11 +159,11 @@ struct PlanesGradWeight {
 
   // A plane of the input and one of gradients.
   struct PlanePair {
-    const T *x, *grad;
+    const S *x, *grad;
   };
   static PlanePair planes_of(const DepthwiseProblem& p, int64_t channel, int64_t image) {
-    return {static_cast<const T*>(p.x.data) + image * p.x.stride[0] + channel / p.multiplier * p.x.stride[1],
-            static_cast<const T*>(p.grad.data) + image * p.grad.stride[0] + channel * p.grad.stride[1]};
+    return {static_cast<const S*>(p.x.data) + image * p.x.stride[0] + channel / p.multiplier * p.x.stride[1],
+            static_cast<const S*>(p.grad.data) + image * p.grad.stride[0] + channel * p.grad.stride[1]};
   }
 
   // `count` rows of outputs of a strip from row h on, some rows of taps at a time: as there are registers for.
@@ -169,7 +172,7 @@ struct PlanesGradWeight {
                         const PlanePair& next, int64_t h, int64_t count, Vec<T>* sums) {
     constexpr int kFit = (DSCONV_VECTOR_BYTES == 64 ? 28 : 12) / kTaps, kRows = kFit < kTaps ? kFit : kTaps;
     const Window& w = p.window;
-    GradPiece<T> piece{};
+    GradPiece<S> piece{};
     const int64_t before = h * w.out[2] + strip.first * count;  // outputs
     piece.next_x = next.x + before * kStride * kStride;
     piece.next_grad = next.grad + before;
@@ -192,9 +195,9 @@ struct PlanesGradWeight {
       Vec<T>* const to = sums + kFirst * kTaps;
       Vec<T>* const bias = group == 0 ? sums + kTaps * kTaps : nullptr;
       if (strip.inner) {
-        grad_strip<T, kTaps, kStride, kCount, true>(piece, strip, to, bias);
+        grad_strip<S, kTaps, kStride, kCount, true>(piece, strip, to, bias);
       } else {
-        grad_strip<T, kTaps, kStride, kCount, false>(piece, strip, to, bias);
+        grad_strip<S, kTaps, kStride, kCount, false>(piece, strip, to, bias);
       }
     });
   }

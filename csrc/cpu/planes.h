@@ -18,43 +18,74 @@ struct Lanes {
   Vec<Index> mask;            // all bits of those lanes
   int64_t low, high;
   uint32_t bits;  // one of each
+#if DSCONV_VECTOR_BYTES == 32
+  // Of half types: where a whole vector lies in the row, and the bytes of it that belong into each of those lanes.
+  int64_t shift;
+  __m128i bytes;
+#endif
 
   Lanes() = default;
-  Lanes(int64_t from, int64_t to) : low(max64(from, 0)), high(min64(to, kLanes<T>)) {
+  Lanes(int64_t from, int64_t to) : Lanes(from, to, from, to) {}
+  // In a row of which the lanes [row_from, row_to) would lie in memory.
+  Lanes(int64_t from, int64_t to, [[maybe_unused]] int64_t row_from, [[maybe_unused]] int64_t row_to)
+      : low(max64(from, 0)), high(min64(to, kLanes<T>)) {
     for (int l = 0; l < kLanes<T>; ++l) mask[l] = l >= low && l < high ? -1 : 0;
     bits = high <= low ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
+#if DSCONV_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) {
+      shift = min64(max64(row_from, 0), row_to - kLanes<T>);
+      uint8_t from[16];
+      for (int i = 0; i < 16; ++i) from[i] = mask[i / 2] ? static_cast<uint8_t>(i - 2 * shift) : 0x80;
+      memcpy(&bytes, from, sizeof from);
+    }
+#endif
   }
   __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
     return reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Index>>(v) & mask);
   }
-  // Those in memory, zero elsewhere.
-  __attribute__((always_inline)) Vec<T> load(const T* p) const {
+  // Those in memory, zero elsewhere. Of half types with AVX2, the row must have a vector's width.
+  template <class S>
+  __attribute__((always_inline)) Bits<S> load(const S* p) const {
 #if DSCONV_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(bits, p);
-    if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(bits, p);
-#elif defined(__AVX__)
-    if constexpr (sizeof(T) == 8) return _mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask));
-    if constexpr (sizeof(T) == 4) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
+    if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(bits, p);
+    if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(bits, p);
+    if constexpr (sizeof(S) == 2) return reinterpret_cast<Bits<S>>(_mm256_maskz_loadu_epi16(bits, p));
+#elif DSCONV_VECTOR_BYTES == 32
+    if constexpr (sizeof(S) == 8) return _mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask));
+    if constexpr (sizeof(S) == 4) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
+    if constexpr (sizeof(S) == 2) {
+      const __m128i there = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + shift));
+      return reinterpret_cast<Bits<S>>(_mm_shuffle_epi8(there, bytes));
+    }
 #endif
-    Vec<T> v = splat(T(0));
-    for (int64_t l = low; l < high; ++l) v[l] = p[l];
-    return v;
+    S values[kLanes<T>] = {};
+    for (int64_t l = low; l < high; ++l) values[l] = p[l];
+    return load_bits(values);
   }
 };
 
-// Limits of the activations that limits make; others leave values alone.
+// An activation as limits where they make it. The others are a call, which keeps them out of the registers of the loop.
 template <class T>
 struct Limits {
-  bool any;
+  const ActivationSpec& activation;
+  bool any, others;
   T low, high;
 
-  explicit Limits(Activation kind) : any(kind == Activation::relu || kind == Activation::relu6), low(0) {
-    high = kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
+  explicit Limits(const ActivationSpec& spec)
+      : activation(spec), any(spec.kind == Activation::relu || spec.kind == Activation::relu6), low(0) {
+    others = spec.kind > Activation::relu6;
+    high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
   }
   __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
-    if (!any) return v;
-    v = v < splat(low) ? splat(low) : v;  // NaN stays
-    return v > splat(high) ? splat(high) : v;
+    if (any) {
+      v = v < splat(low) ? splat(low) : v;  // NaN stays
+      v = v > splat(high) ? splat(high) : v;
+    }
+    return __builtin_expect(others, false) ? call(activation, v) : v;
+  }
+  __attribute__((noinline)) static Vec<T> call(const ActivationSpec& spec, Vec<T> v) {
+    activate_vectors<1, T>(spec, &v);
+    return v;
   }
 };
 
@@ -88,21 +119,52 @@ DSCONV_INLINE Vec<T> from_proper_order(Vec<T> v) {
   return __builtin_shuffle(v, places);
 }
 
-// Passes to `use` what neighbouring outputs pair with each tap of a row, in the order of every_second if there is a stride.
-// `columns` loads vector i of the columns from that of tap t on; a tap that is not a multiple of the stride has those of the
-// one before it.
-template <class T, int kTaps, int kStride, class Columns, class Use>
+// Two vectors of a half type as one.
+template <class Half>
+DSCONV_INLINE Vec<uint32_t> side_by_side(Half low, Half high) {
+#if DSCONV_VECTOR_BYTES == 64
+  return reinterpret_cast<Vec<uint32_t>>(
+      _mm512_inserti64x4(_mm512_castsi256_si512(reinterpret_cast<__m256i>(low)), reinterpret_cast<__m256i>(high), 1));
+#elif DSCONV_VECTOR_BYTES == 32
+  return reinterpret_cast<Vec<uint32_t>>(
+      _mm256_set_m128i(reinterpret_cast<__m128i>(high), reinterpret_cast<__m128i>(low)));
+#else
+  Half both[2] = {low, high};
+  Vec<uint32_t> words;
+  memcpy(&words, both, sizeof words);
+  return words;
+#endif
+}
+// A word of two neighbouring columns of bfloat16 is nearly the odd one, and the even one shifted: no shuffle is needed.
+template <class S, int kStride>
+constexpr bool kInWords = kStride == 2 && kIsBFloat16<S>;
+// Do lanes have the order of every_second?
+template <class S, int kStride>
+constexpr bool kShuffles = kStride == 2 && !kInWords<S, kStride>;
+
+// Passes to `use` what neighbouring outputs pair with each tap of a row. `columns` loads vector i of the columns from that
+// of tap t on; a tap that is not a multiple of the stride has those of the one before it.
+template <class S, int kTaps, int kStride, class Columns, class Use>
 DSCONV_INLINE void for_taps(const Columns& columns, const Use& use) {
   static_assert(kStride <= 2);
-  Vec<T> part[kStride];
+  using T = Compute<S>;
+  Bits<S> part[kStride];
+  [[maybe_unused]] Vec<T> wide[kStride];
+  [[maybe_unused]] Vec<uint32_t> words;
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
     if constexpr (t % kStride == 0) {
-      unroll<kStride>([&]<int i>() __attribute__((always_inline)) { part[i] = columns.template operator()<t, i>(); });
+      unroll<kStride>([&]<int i>() __attribute__((always_inline)) {
+        part[i] = columns.template operator()<t, i>();
+        if constexpr (!kInWords<S, kStride>) wide[i] = widened<S>(part[i]);
+      });
+      if constexpr (kInWords<S, kStride>) words = side_by_side(part[0], part[1]);
     }
     if constexpr (kStride == 1) {
-      use.template operator()<t>(part[0]);
+      use.template operator()<t>(wide[0]);
+    } else if constexpr (kInWords<S, kStride>) {
+      use.template operator()<t>(reinterpret_cast<Vec<T>>(t % 2 ? words & 0xffff0000u : words << 16));
     } else {
-      use.template operator()<t>(every_second<t % 2, T>(part[0], part[1]));
+      use.template operator()<t>(every_second<t % 2, T>(wide[0], wide[1]));
     }
   });
 }
@@ -132,17 +194,18 @@ struct Strip {
 // Neighbouring rows of outputs of one phase. Offsets are in elements from the planes; rows of the input are counted from
 // the one that the first output row reads first.
 struct Piece {
-  int64_t x, y;          // the column that output 0 reads first, in that row; output 0
-  int64_t x_row, y_row;  // between rows of taps, between rows of outputs
-  int64_t low, high;     // the rows inside the tensor
-  int64_t count;         // rows of outputs
+  int64_t x, y;            // the column that output 0 reads first, in that row; output 0
+  int64_t x_next, y_next;  // what is fetched for later: as much as is read and written
+  int64_t x_row, y_row;    // between rows of taps, between rows of outputs
+  int64_t low, high;       // the rows inside the tensor
+  int64_t count;           // rows of outputs
 };
 
 // A plane of the input and one of the output.
-template <class T>
+template <class S, class T = Compute<S>>
 struct Plane {
-  const T* x;
-  T* y;
+  const S* x;
+  S* y;
   const T* weights;  // [tap][lane] at the lane of its filter
   T bias;
   int64_t dilation;  // columns between taps
@@ -150,14 +213,14 @@ struct Plane {
 };
 
 // The outputs of a strip in the rows of a piece.
-template <class T, int kTaps, int kStride, Reach kReach>
-static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T, kTaps, kStride>& strip) {
+template <class S, int kTaps, int kStride, Reach kReach, class T = Compute<S>>
+static void plane_strip(const Plane<S>& plane, const Piece& piece, const Strip<T, kTaps, kStride>& strip) {
   constexpr int kL = kLanes<T>, kLive = (kTaps + kStride - 1) / kStride;
   Vec<T> w[kTaps][kTaps], acc[kLive] = {};
   unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
     const Vec<T> weight = splat(plane.weights[i * kL]);
     const Vec<T> inside = kReach != Reach::inner ? strip.weights[i % kTaps].of(weight) : weight;
-    w[i / kTaps][i % kTaps] = kStride == 2 ? from_proper_order<T>(inside) : inside;
+    w[i / kTaps][i % kTaps] = kShuffles<S, kStride> ? from_proper_order<T>(inside) : inside;
   });
   const Vec<T> bias = splat(plane.bias);
   const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
@@ -168,37 +231,43 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
   const Limits<T> limits = plane.limits;
   // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
   const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
-  const T* x = plane.x + piece.x + strip.first * kStride;
-  T* y = plane.y + piece.y + strip.first;
-  const T* next = plane.x + piece.x + count * kStride * x_row +
-                  strip.first * kStride * (count * kStride);  // as many rows further on, a strip its share
+  const S* x = plane.x + piece.x + strip.first * kStride;
+  S* y = plane.y + piece.y + strip.first;
+  const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
+  const S* next_y = plane.y + piece.y_next + strip.first * count;
   // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
   const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
     acc[k] = bias;
     unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
       if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
         const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
-          const T* at = x + t * dilation + i * kL;
-          return kReach != Reach::inner ? strip.columns[t][i].load(at) : load(at);
+          const S* at = x + t * dilation + i * kL;
+          if constexpr (kReach == Reach::inner) return load_bits_once(at);
+          return strip.columns[t][i].load(at);
         };
-        for_taps<T, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
+        for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
           unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
             constexpr int u = m * kStride + r;
             if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
           });
         });
       }
-      __builtin_prefetch(next, 0, 2);
-      next += kL * kStride;
+      __builtin_prefetch(next_x, 0, 2);
+      next_x += kL * kStride;
       x += x_row;
     });
+    __builtin_prefetch(next_y, 1, 2);
+    next_y += kL;
     if (kChecked && j < kLive - 1) return;
-    const Vec<T> limited = limits.of(acc[(k + 1) % kLive]);
-    const Vec<T> done = kStride == 2 ? to_proper_order<T>(limited) : limited;
+    Vec<T> done = acc[(k + 1) % kLive];
+    if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
+    done = limits.of(done);
     if (kReach == Reach::narrow && j >= whole) {
-      store_part<T>(y, done, strip.count);
+      store_part<S>(y, done, strip.count);
+    } else if (kRoundsBf16<S> && has_avx512_bf16) {
+      store_bf16(y, done);
     } else {
-      store(y, done);
+      store_narrow(y, done);
     }
     y += y_row;
   };
@@ -214,6 +283,12 @@ static void plane_strip(const Plane<T>& plane, const Piece& piece, const Strip<T
   for (; j < steps; ++j) advance_one.template operator()<true>(j);
 }
 
+// Are rows of a half type as wide as Lanes wants them?
+template <class S>
+DSCONV_INLINE bool has_wide_rows(const Window& w) {
+  return kVectorBytes != 32 || sizeof(S) == sizeof(Compute<S>) || min64(w.in[2], w.out[2]) >= kLanes<Compute<S>>;
+}
+
 template <class S, bool kTransposed>
 struct Planes {
   using T = Compute<S>;
@@ -221,12 +296,12 @@ struct Planes {
   using Plan = typename Shared::Plan;
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kTasks = 64;
-  static constexpr int64_t kTileRows = 8, kTileBytes = 12 << 10;  // what strips side by side share stays in L1
+  static constexpr int64_t kTileRows = 8, kTileBytes = 13 << 10;  // what strips side by side share stays in L1
 
   static const char* can_run(const DepthwiseProblem& p) {
     const Window& w = p.window;
     const View &from = kTransposed ? p.grad : p.x, &to = kTransposed ? p.grad_x : p.y;
-    if (sizeof(S) != sizeof(T)) return "half types are widened by rows";
+    if (!kWidens<S>) return "half types are widened by rows";
     if (from.stride[4] != 1 || to.stride[4] != 1) return "columns are no neighbours in memory";
     if (w.in[0] != 1 || w.taps[0] != 1 || w.out[0] != 1) return "three dimensions";
     if (w.taps[1] != w.taps[2] || (w.taps[1] != 3 && w.taps[1] != 5 && w.taps[1] != 7))
@@ -235,6 +310,7 @@ struct Planes {
     if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && product(w.dilation) != 1))
       return "strides other than 1, and 2 without dilation";
     if (kTransposed && (w.stride[1] != 1 || p.multiplier != 1)) return "a gradient of strides or multipliers";
+    if (!has_wide_rows<S>(w)) return "rows of a half type that are shorter than a vector";
     return nullptr;
   }
 
@@ -250,7 +326,7 @@ struct Planes {
            piece_bytes<Piece>(out[1]) + piece_bytes<int64_t>(tiles(p, plan) + 1);
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    if constexpr (sizeof(S) == sizeof(T)) {
+    if constexpr (kWidens<S>) {
       unroll<3>([&]<int i>() __attribute__((always_inline)) {
         constexpr int kTaps = 3 + 2 * i;
         if (p.window.taps[1] != kTaps) return;
@@ -281,7 +357,7 @@ struct Planes {
     ends[0] = 0;
     for (int64_t tile = 0; tile < per_plane; ++tile) {
       const int64_t top = out[1] * tile / per_plane, bottom = out[1] * (tile + 1) / per_plane;
-      const int64_t rows = max64(kTileRows, kTileBytes / (in[2] * kStride * static_cast<int64_t>(sizeof(T))));
+      const int64_t rows = max64(kTileRows, kTileBytes / (in[2] * kStride * static_cast<int64_t>(sizeof(S))));
       ends[tile + 1] = ends[tile] + cut_rows(plan, from, to, top, bottom, rows, first_column, pieces + ends[tile]);
     }
 
@@ -292,45 +368,51 @@ struct Planes {
         const int64_t tile = task % per_plane, channel = task / per_plane % channels,
                       image = task / per_plane / channels;
         const int64_t first = block_channel<T>(channel / kL * kL, channels);
-        const Plane<T> plane{
-            static_cast<const T*>(from.data) + image * from.stride[0] + channel / multiplier * from.stride[1],
-            static_cast<T*>(to.data) + image * to.stride[0] + channel * to.stride[1],
+        const Plane<S> plane{
+            static_cast<const S*>(from.data) + image * from.stride[0] + channel / multiplier * from.stride[1],
+            static_cast<S*>(to.data) + image * to.stride[0] + channel * to.stride[1],
             shared.weights + channel / kL * shared.weight_block + (channel - first),
             shared.bias[channel],
             dilation,
-            Limits<T>(shared.activation.kind)};
+            Limits<T>(shared.activation)};
         for (int64_t i = ends[tile]; i < ends[tile + 1]; ++i) {
           for (int64_t s = 0; s < strip_count; ++s) {
             const StripOf& strip = strips[s];
-            if (strip.reach == Reach::inner) plane_strip<T, kTaps, kStride, Reach::inner>(plane, pieces[i], strip);
-            if (strip.reach == Reach::edge) plane_strip<T, kTaps, kStride, Reach::edge>(plane, pieces[i], strip);
-            if (strip.reach == Reach::narrow) plane_strip<T, kTaps, kStride, Reach::narrow>(plane, pieces[i], strip);
+            if (strip.reach == Reach::inner) plane_strip<S, kTaps, kStride, Reach::inner>(plane, pieces[i], strip);
+            if (strip.reach == Reach::edge) plane_strip<S, kTaps, kStride, Reach::edge>(plane, pieces[i], strip);
+            if (strip.reach == Reach::narrow) plane_strip<S, kTaps, kStride, Reach::narrow>(plane, pieces[i], strip);
           }
         }
-        if (shared.activation.kind <= Activation::relu6) continue;
-        for (int64_t h = out[1] * tile / per_plane; h < out[1] * (tile + 1) / per_plane; ++h)
-          activate_row(shared.activation, plane.y + h * to.stride[3], out[2]);
       }
     };
     for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
   }
 
-  // Output rows [top, bottom) of all phases, up to `most` in a piece; returns the number of pieces.
+  // Output rows [top, bottom) of all phases, up to `most` in a piece; returns the number of pieces. Fetched are the
+  // rows of the next piece, or of the next tile if phases take turns within this one.
   static int64_t cut_rows(const Plan& plan, const View& from, const View& to, int64_t top, int64_t bottom, int64_t most,
                           int64_t first_column, Piece* pieces) {
     Piece* next = pieces;
+    int64_t done = 0;
     for (int64_t i = 0; i < plan.y_phases; ++i) {
       const Phase y = plan.c.phase(1, i);
+      const int64_t first = ceil_div(max64(top - i, 0), y.out_step);
       const int64_t last = min64(y.count, ceil_div(max64(bottom - i, 0), y.out_step));
-      for (int64_t n = ceil_div(max64(top - i, 0), y.out_step); n < last; n += most, ++next) {
+      const int64_t cuts = ceil_div(last - first, most);
+      for (int64_t cut = 0; cut < cuts; ++cut, ++next) {
+        const int64_t n = first + (last - first) * cut / cuts, end = first + (last - first) * (cut + 1) / cuts;
         const int64_t row = y.in_first + n * y.in_step;
+        const int64_t ahead = plan.y_phases == 1 ? end : bottom + done;
         *next = {row * from.stride[3] + first_column,
                  (y.out_first + n * y.out_step) * to.stride[3],
+                 (y.in_first + ahead * y.apart) * from.stride[3] + first_column,
+                 ahead * to.stride[3],
                  y.tap_step * from.stride[3],
                  y.out_step * to.stride[3],
                  ceil_of(-row, y.tap_step),
                  ceil_of(plan.c.source()[1] - row, y.tap_step),
-                 min64(most, last - n)};
+                 end - n};
+        done += end - n;
       }
     }
     return next - pieces;

@@ -182,37 +182,62 @@ DSCONV_INLINE void narrow_row(S* __restrict dst, const Compute<S>* __restrict sr
 DSCONV_INLINE __m512i lane_numbers() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 #endif
 
-// One vector of the compute type from storage, and back.
+// A vector of the compute type in storage.
+template <class S>
+struct BitsOf {
+  typedef uint16_t type __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <class S>
+  requires(sizeof(S) == sizeof(Compute<S>))
+struct BitsOf<S> {
+  typedef Vec<S> type;
+};
+template <class S>
+using Bits = typename BitsOf<S>::type;
+
+template <class S>
+DSCONV_INLINE Bits<S> load_bits(const S* p) {
+  Bits<S> bits;
+  memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+// Of types that are not widened, the same as load_once.
+template <class S>
+DSCONV_INLINE Bits<S> load_bits_once(const S* p) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) return load_once(p);
+  return load_bits(p);
+}
 template <class S, class T = Compute<S>>
-DSCONV_INLINE Vec<T> load_wide(const S* p) {
+DSCONV_INLINE Vec<T> widened(Bits<S> bits) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    return load(reinterpret_cast<const T*>(p));
+    return bits;
   } else if constexpr (kIsBFloat16<S>) {
 #if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return reinterpret_cast<Vec<T>>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers(), 16),
-                                                                   _mm512_castsi256_si512(bits)));
+    const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(bits));
+    return reinterpret_cast<Vec<T>>(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers(), 16), wide));
 #elif DSCONV_VECTOR_BYTES == 32  // two instructions: of a converted vector, GCC makes six
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return reinterpret_cast<Vec<T>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    return reinterpret_cast<Vec<T>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)), 16));
 #else
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
-    Half bits;
-    memcpy(&bits, p, sizeof bits);
     return reinterpret_cast<Vec<T>>(__builtin_convertvector(bits, Word) << 16);
 #endif
   } else {
 #if DSCONV_VECTOR_BYTES == 64
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
 #elif defined(__F16C__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
 #else
     Vec<T> v;
-    for (int l = 0; l < kLanes<T>; ++l) v[l] = widen(p[l]);
+    for (int l = 0; l < kLanes<T>; ++l) v[l] = widen(Float16{bits[l]});
     return v;
 #endif
   }
+}
+// One vector of the compute type from storage, and back.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_wide(const S* p) {
+  return widened<S>(load_bits(p));
 }
 // Rounded to the nearest bfloat16, to even; that is in the upper halves. NaN stays NaN if arithmetic made it, or if it
 // was one in bfloat16: with all of 16 more bits set it would carry into the sign.
