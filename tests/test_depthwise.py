@@ -43,20 +43,31 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# Weight gradients by planes (csrc/cpu/grad_planes.h): strips narrower than a vector, with a column outside on one side
-# or both and with none, more rows than one chain of additions, several images in one, rows of taps outside.
+# By planes (csrc/cpu/planes.h, grad_planes.h): strips narrower than a vector, with a column outside on one side or both and
+# with none, taps that no column meets, more rows than one chain of additions, several images in one, rows of taps outside,
+# dilated rows of all phases, rows that end where a vector does or one column before or behind.
 PLANES = (
-    "dw n3c5h5w5k3s1d1p1 nchw fp32",
-    "dw n2c6h70w37k3s1d1p1 nchw fp32 act=relu",
-    "dw n9c4h14w14k3s1d1p1 nchw fp64",
-    "dw n2c3h30w35k5s1d1p2 nchw fp32",
-    "dw n2c3h30w16k7s1d1p3 nchw fp32",
-    "dw n2c5h21w40k3s2d1p1 nchw fp32",
-    "dw n2c5h20w19k5s2d1p2 nchw fp64",
-    "dw n1c4h19w50k3s1d3p3 nchw fp32",
-    "dw n2c4h24w24k7s2d2p5 nchw fp32",
-    "dw n2c4h9w10k3s1d1p2m3 nchw fp32",
-    "dw n1c4h3w66k7s1d1p3 sliced fp32",
+    "dw n3c5h5w5k3s1d1p1 nchw",
+    "dw n2c6h70w37k3s1d1p1 nchw act=relu",
+    "dw n9c4h14w14k3s1d1p1 nchw",
+    "dw n2c3h30w35k5s1d1p2 nchw act=silu",
+    "dw n2c3h30w16k7s1d1p3 nchw",
+    "dw n2c5h21w40k3s2d1p1 nchw act=relu6",
+    "dw n2c5h20w19k5s2d1p2 nchw",
+    "dw n1c3h20w33k7s2d1p3 nchw act=gelu",
+    "dw n1c4h19w50k3s1d3p3 nchw",
+    "dw n1c4h21w12k3s1d6p6 nchw act=relu",
+    "dw n1c3h9w9k5s1d4p8 nchw",
+    "dw n2c4h24w24k7s2d2p5 nchw",
+    "dw n2c4h9w10k3s1d1p2m3 nchw",
+    "dw n1c4h3w66k7s1d1p3 sliced",
+    "dw n1c2h6w7k3s1d1p1 nchw",
+    "dw n1c2h6w8k3s1d1p1 nchw",
+    "dw n1c2h6w9k5s1d1p2 nchw",
+    "dw n1c2h6w15k3s2d1p1 nchw",
+    "dw n1c2h6w16k3s2d1p1:0x1:0 nchw",
+    "dw n1c2h6w17k3s2d1p0 nchw",
+    "dw n1c2h100w130k3s1d1p1 nchw",
 )
 
 # Columns of bfloat16 in pairs (accumulate_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
@@ -106,12 +117,13 @@ def test_columns_in_pairs(line):
     check_accuracy(Case.parse(line))
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1), (7, 2)])
-def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype):
+def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_format):
     """A value outside the window of an output does not meet a weight of zero instead: the product would be NaN."""
     for column in range(16):
-        x = torch.zeros(1, 16, 2, 16, dtype=dtype).to(memory_format=torch.channels_last)
+        x = torch.zeros(1, 16, 2, 16, dtype=dtype).to(memory_format=memory_format)
         x[..., 1, column] = torch.inf
         weight = torch.ones(16, 1, taps, taps, dtype=dtype)
         got = F.depthwise_conv2d(x, weight, stride=stride, padding=taps // 2)
@@ -119,9 +131,12 @@ def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype):
         assert torch.equal(got.double(), expected)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
 @pytest.mark.parametrize("line", PLANES)
-def test_weight_gradient_by_planes(line):
-    check_exact(Case.parse(line))
+def test_planes(line, dtype):
+    case = Case.parse(line.replace("sliced", f"sliced {dtype}").replace("nchw", f"nchw {dtype}"))
+    check_exact(case)
+    check_accuracy(case)
 
 
 @pytest.mark.parametrize("line", CROWDED)
