@@ -116,11 +116,11 @@ Cost cost_of(const PointwiseProblem& p) {
   return {2 * positions * p.in_channels * p.out_channels, values * element_size(p.dtype)};
 }
 
-double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine) {
+double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine, double part = 1) {
   // Vectors of half the width halve the rate; fp64 halves it again.
   const auto width = [](Target target) { return static_cast<int>(std::min(target, Target::avx512)); };
   const int steps = machine.target == Target::cuda ? 0 : width(machine.target) - width(row.target);
-  const double rate = machine.peak_gflops * row.efficiency / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
+  const double rate = machine.peak_gflops * row.efficiency * part / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
   // The sum, not the larger: of two rows that wait for the same memory the one with less arithmetic is the better.
   return (cost.flops / rate + cost.bytes / bandwidth) * 1e-3;
@@ -184,7 +184,8 @@ bool is_preferred(const Row& row, const Preferred& preferred) {
 }  // namespace
 
 double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) {
-  return time_us(cost_of(p), row, p.dtype, machine) / busy_part(row, p, machine);
+  const auto part = kernel_of<DepthwiseProblem>(row).part;
+  return time_us(cost_of(p), row, p.dtype, machine, part ? part(p) : 1) / busy_part(row, p, machine);
 }
 double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) {
   return time_us(cost_of(p), row, p.dtype, machine);

@@ -137,6 +137,7 @@ struct Kernel {
   bool reads_packed = false;                     // can do with packed weights alone
   // CUDA rows that know their cost better than choose.cpp does; infinite where the GPU has no room for a block.
   double (*estimate_us)(const Problem&, const Machine&, double efficiency) = nullptr;
+  double (*part)(const Problem&) = nullptr;  // CPU rows: of the row's efficiency, what they reach on a problem
 };
 
 // Weights in the order in which a target's kernels read them (Problem::packed).

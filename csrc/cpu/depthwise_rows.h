@@ -74,6 +74,9 @@ struct Rows {
     bool fetches;                 // what blocks will read: where the cache is near, that costs more than it saves
     const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
   };
+  static double part(const DepthwiseProblem& p) {
+    return part_of_turning<T>(input_of(p), kTransposed ? p.grad_x : p.y, p.window);
+  }
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};
   }

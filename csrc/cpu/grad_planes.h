@@ -104,6 +104,15 @@ struct PlanesGradWeight {
     if (!has_wide_rows<S>(w)) return "rows of a half type that are shorter than a vector";
     return nullptr;
   }
+  // Values that are not kept in registers for several rows of taps, lanes without outputs, and the addition of all lanes.
+  static double part(const DepthwiseProblem& p) {
+    constexpr double kSlower = 1.6, kAdding = 5;
+    const Window& w = p.window;
+    const double taps = static_cast<double>(product(w.taps));
+    const int64_t vectors = max64(1, p.batch * w.out[1] * ceil_div(w.out[2], kL));  // of each channel
+    const int64_t sums = round_up(product(w.taps) + 1, kL);
+    return taps / (kSlower * taps / filled_lanes<T>(w.out[2]) + kAdding * sums / vectors);
+  }
   static size_t workspace_bytes(const DepthwiseProblem& p, int) {
     return kBlockBytes + piece_bytes<GradStrip<T, 7, 2>>(ceil_div(p.window.out[2], kL));
   }

@@ -22,7 +22,8 @@ DSCONV_INLINE void with_storage(DType dtype, Fn fn) {
 
 constexpr bool kReadsPacked = true;
 
-// Pass<S> has workspace_bytes, launch and, unless it runs everything, can_run; the kernel dispatches on the storage type.
+// Pass<S> has workspace_bytes, launch and, unless it runs everything, can_run; part, if it depends on the problem; the kernel
+// dispatches on the storage type.
 template <class Problem, template <class> class Pass, bool reads_packed = false>
 constexpr Kernel<Problem> kernel_of() {
   return {
@@ -44,6 +45,14 @@ constexpr Kernel<Problem> kernel_of() {
       nullptr,
       nullptr,
       reads_packed,
+      nullptr,
+      [](const Problem& p) {
+        double part = 1;
+        with_storage(storage_of(p), [&](auto s) {
+          if constexpr (requires { Pass<decltype(s)>::part(p); }) part = Pass<decltype(s)>::part(p);
+        });
+        return part;
+      },
   };
 }
 

@@ -314,6 +314,13 @@ struct Planes {
     return nullptr;
   }
 
+  // Lanes without outputs, and the weights with which every strip begins (as long as kStart rows).
+  static double part(const DepthwiseProblem& p) {
+    constexpr double kStart = 3;
+    const int64_t* out = kTransposed ? p.window.in : p.window.out;
+    return filled_lanes<T>(out[2]) / (1 + kStart * p.window.dilation[1] / max64(out[1], 1));
+  }
+
   // Of a plane, to be worked on at the same time.
   static int64_t tiles(const DepthwiseProblem& p, const Plan& plan) {
     const int64_t wanted = wanted_tasks(depthwise_flops(p), kTasks), planes = p.batch * plan.channels;

@@ -39,6 +39,22 @@ DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
   return v.stride[1] == 1 && unaligned % kBlockBytes == 0;
 }
 
+// Of the lanes of vectors that hold a row of columns, the part that does.
+template <class T>
+static double filled_lanes(int64_t columns) {
+  return max64(columns, 1) / static_cast<double>(round_up(max64(columns, 1), kLanes<T>));
+}
+
+// The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous tensors and back
+// (kTurn: multiply-adds in the time of that).
+template <class T>
+static double part_of_turning(const View& source, const View& target, const Window& w) {
+  constexpr double kTurn = 7;
+  const int sides = (source.stride[1] != 1) + (target.stride[1] != 1);
+  const double taps = static_cast<double>(product(w.taps));
+  return taps / (taps + kTurn * sides / filled_lanes<T>(max64(w.out[2], kLanes<T> / 4)));
+}
+
 // `count` neighbours into storage, past the caches if `streamed`. A vector more of `src` may be read.
 template <class S, class T = Compute<S>>
 static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
