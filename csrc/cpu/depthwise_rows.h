@@ -121,6 +121,11 @@ struct Rows {
     in.planes = min64(ceil_div(source[0], z.tap_step), w.taps[0]);
     in.row_step = y.tap_step;
     in.rows = min64(ceil_div(source[1], y.tap_step), w.taps[1] + y.apart);
+    in.size = source;
+    if (in.has_small_planes()) {
+      in.row_step = 1;
+      in.rows = source[1];
+    }
     plan.fetches = in.direct && is_large<S>(p) && in.view.stride[4] == plan.channels;
     // Where rows crowd the cache, those that several rows of outputs meet are copied, if the copy does not crowd it too, and
     // others are read by whole lines.

@@ -87,7 +87,15 @@ struct RowsGradWeight {
     plan.x.row_step = keep() ? 1 : w.dilation[1];
     plan.x.rows = keep() ? reach() : min64(ceil_div(w.in[1], w.dilation[1]), w.taps[1]);
     plan.grad.rows = plan.group;
-    return (plan.x.direct ? 0 : plan.x.planes * plan.x.rows * w.in[2]) + (plan.grad.direct ? 0 : plan.group * w.out[2]);
+    plan.x.size = w.in;
+    plan.grad.size = w.out;
+    if (plan.x.has_small_planes()) {
+      plan.x.row_step = 1;
+      plan.x.rows = w.in[1];
+    }
+    if (plan.grad.has_small_planes()) plan.grad.rows = w.out[1];
+    return (plan.x.direct ? 0 : plan.x.planes * plan.x.rows * w.in[2]) +
+           (plan.grad.direct ? 0 : plan.grad.rows * w.out[2]);
   }
   static int64_t slab_sums(const Plan& plan) { return plan.blocks * (plan.taps + 1) * kL; }
   static double part(const DepthwiseProblem& p) { return part_of_turning<T>(p.x, p.grad, p.window); }

@@ -39,22 +39,6 @@ DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
   return v.stride[1] == 1 && unaligned % kBlockBytes == 0;
 }
 
-// Of the lanes of vectors that hold a row of columns, the part that does.
-template <class T>
-static double filled_lanes(int64_t columns) {
-  return max64(columns, 1) / static_cast<double>(round_up(max64(columns, 1), kLanes<T>));
-}
-
-// The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous tensors and back
-// (kTurn: multiply-adds in the time of that).
-template <class T>
-static double part_of_turning(const View& source, const View& target, const Window& w) {
-  constexpr double kTurn = 7;
-  const int sides = (source.stride[1] != 1) + (target.stride[1] != 1);
-  const double taps = static_cast<double>(product(w.taps));
-  return taps / (taps + kTurn * sides / filled_lanes<T>(max64(w.out[2], kLanes<T> / 4)));
-}
-
 // `count` neighbours into storage, past the caches if `streamed`. A vector more of `src` may be read.
 template <class S, class T = Compute<S>>
 static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
@@ -103,7 +87,7 @@ struct RowCopy {
       }
       return;
     }
-    auto channel = [&](int64_t l) {
+    const auto channel = [&](int64_t l) {
       const int64_t at = (base + l) * map.step;
       return src + ((map.divide == 1 ? at : at / map.divide) + plus) * channel_stride;
     };
@@ -114,12 +98,22 @@ struct RowCopy {
         T* out = tile + w * lanes + l;
         if (column_stride == 1 && columns > kFew) {
           Vec<T> block[kL];
-          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-            block[i] = splat(T(0));
-            if (i >= count) return;
-            __builtin_prefetch(channel(l + i) + w + ahead, 0, 2);
-            block[i] = load_part<S>(channel(l + i) + w, columns);
-          });
+          const S* next = channel(l) + w;
+          const auto load_rows = [&]<bool kWhole>() __attribute__((always_inline)) {
+            unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+              block[i] = splat(T(0));
+              if (i >= count) return;
+              if (!plain) next = channel(l + i) + w;
+              __builtin_prefetch(next + ahead, 0, 2);
+              block[i] = kWhole ? load_wide<S>(next) : load_part<S>(next, columns);
+              next += channel_stride;
+            });
+          };
+          if (columns == kL) {
+            load_rows.template operator()<true>();
+          } else {
+            load_rows.template operator()<false>();
+          }
           transpose<T>(block);
           unroll<kL>([&]<int i>() __attribute__((always_inline)) {
             if (i < columns) store(out + i * lanes, block[i]);
@@ -154,9 +148,18 @@ struct RowCopy {
             block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
           });
           transpose<T>(block);
-          unroll<kL>([&]<int k>() __attribute__((always_inline)) {
-            if (k < channels) store_part<S>(out + k * channel_stride, block[k], columns);
-          });
+          const auto store_rows = [&]<bool kWhole>() __attribute__((always_inline)) {
+            unroll<kL>([&]<int k>() __attribute__((always_inline)) {
+              if (k >= channels) return;
+              kWhole ? store_narrow<S>(out, block[k]) : store_part<S>(out, block[k], columns);
+              out += channel_stride;
+            });
+          };
+          if (columns == kL) {
+            store_rows.template operator()<true>();
+          } else {
+            store_rows.template operator()<false>();
+          }
         } else {
           for (int64_t k = 0; k < channels; ++k) {
             for (int64_t i = 0; i < columns; ++i)
@@ -221,6 +224,24 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
 
 constexpr int64_t kRingBytes = 96 << 10;         // of the rows in use: with the outputs they stay in an L2 of 256 KiB
 constexpr int64_t kCrowdedRingBytes = 40 << 10;  // near L1, which is what the copy is for
+constexpr int64_t kSmallPlane = 384;              // columns of a block of channels: not more than an L1
+
+// Of the lanes of vectors that hold neighbouring columns, the part that does.
+template <class T>
+static double filled_lanes(int64_t columns) {
+  return max64(columns, 1) / static_cast<double>(round_up(max64(columns, 1), kLanes<T>));
+}
+
+// The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous tensors and back
+// (kTurn: multiply-adds in the time of that).
+template <class T>
+static double part_of_turning(const View& source, const View& target, const Window& w) {
+  constexpr double kTurn = 5.5;
+  const int sides = (source.stride[1] != 1) + (target.stride[1] != 1);
+  const double taps = static_cast<double>(product(w.taps));
+  const int64_t plane = w.out[1] * w.out[2], columns = plane <= kSmallPlane ? plane : w.out[2];
+  return taps / (taps + kTurn * sides / filled_lanes<T>(max64(columns, kLanes<T> / 4)));
+}
 
 // The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in
 // use.
@@ -234,6 +255,7 @@ struct RowStage {
   ChannelMap map;
   bool direct;
   int64_t planes, plane_step, rows, row_step;
+  bool whole_planes;  // are all rows of a plane, which follow each other, turned at once?
   T* tile;
   int64_t* held;  // the row in each place of the ring, or -1
   int64_t lanes;  // of a column of the tile
@@ -243,6 +265,11 @@ struct RowStage {
   static bool is_plain(const View& v, const ChannelMap& map) {
     return v.stride[1] == 1 && map.step == 1 && map.divide == 1 && map.count >= kL;
   }
+  // Do the rows of a contiguous plane follow each other, and are they few?
+  bool has_small_planes() const {
+    const bool follow = view.stride[4] == 1 && view.stride[3] == size[2] && view.stride[1] != 1;
+    return !direct && follow && size[1] * size[2] <= kSmallPlane;
+  }
   int64_t places() const { return direct ? 0 : planes * rows * map.step; }
   int64_t row_elements() const { return size[2] * lanes; }
   int64_t scratch() const { return piece_bytes<int64_t>(places()) + piece_bytes<T>(places() * row_elements()); }
@@ -250,6 +277,7 @@ struct RowStage {
     held = take<int64_t>(arena, places());
     tile = take<T>(arena, places() * row_elements());
     image = -1;
+    whole_planes = has_small_planes() && rows == size[1] && row_step == 1;
   }
 
   void begin(int64_t new_image, int64_t new_base) {
@@ -269,15 +297,16 @@ struct RowStage {
     if (direct) return d * view.stride[2] + h * view.stride[3];
     const int64_t plane = plane_step == 1 ? d : d / plane_step, line = row_step == 1 ? h : h / row_step;
     const int64_t place = (plus * planes + plane % planes) * rows + line % rows, key = d * size[1] + h;
-    const int64_t offset = place * row_elements();
     if (held[place] != key) {
-      held[place] = key;
-      const S* src =
-          static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] + h * view.stride[3];
-      RowCopy<S>::gather(tile + offset, lanes, src, map, base, plus, view.stride[1], view.stride[4], size[2],
-                         2 * row_step * view.stride[3]);
+      const int64_t before = whole_planes ? h : 0, count = whole_planes ? size[1] : 1;  // rows
+      for (int64_t i = 0; i < count; ++i) held[place - before + i] = key - before + i;
+      const S* src = static_cast<const S*>(view.data) + image * view.stride[0] + d * view.stride[2] +
+                     (h - before) * view.stride[3];
+      const int64_t ahead = whole_planes ? kL * view.stride[1] : 2 * row_step * view.stride[3];
+      RowCopy<S>::gather(tile + (place - before) * row_elements(), lanes, src, map, base, plus, view.stride[1],
+                         view.stride[4], count * size[2], ahead);
     }
-    return offset;
+    return place * row_elements();
   }
 };
 
