@@ -10,6 +10,7 @@ namespace dsconv {
   namespace cpu::isa {                                                                         \
   extern const Kernel<DepthwiseProblem> rows_forward, rows_grad_input, rows_grad_weight;       \
   extern const Kernel<DepthwiseProblem> planes_forward, planes_grad_input, planes_grad_weight; \
+  extern const Kernel<DepthwiseProblem> lines_forward, lines_grad_input;                       \
   extern const Kernel<DepthwiseProblem> flat_mask, rows_mask;                                  \
   extern const Kernel<PointwiseProblem> gemm_forward, gemm_grad_weight;                        \
   extern const Kernel<SeparableProblem> fused_forward;                                         \

@@ -50,8 +50,8 @@ class Variant:
 # -O1 and frame pointers: a sanitized -O3 build takes minutes and its traces point nowhere.
 SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 PLAIN = Variant("plain")
-# The block kernels, and those over planes, are megabytes of straight-line code, which takes a quarter of an hour to compile
-# with UBSan.
+# The block kernels, and those over planes, are megabytes of straight-line code, which takes a quarter of an hour to
+# compile with UBSan.
 ADDRESS = Variant(
     "asan",
     (*SANITIZED, "-fsanitize=address,undefined"),

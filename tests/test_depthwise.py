@@ -1,5 +1,7 @@
 """Depthwise convolution, forward and backward, by both judges: as chosen, and through every row of the kernel table."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import conv2d
@@ -43,9 +45,9 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# By planes (csrc/cpu/planes.h, grad_planes.h): strips narrower than a vector, with a column outside on one side or both and
-# with none, taps that no column meets, more rows than one chain of additions, several images in one, rows of taps outside,
-# dilated rows of all phases, rows that end where a vector does or one column before or behind.
+# By planes (csrc/cpu/planes.h, grad_planes.h): strips narrower than a vector, with a column outside on one side or both
+# and with none, taps that no column meets, more rows than one chain of additions, several images in one, rows of taps
+# outside, dilated rows of all phases, rows that end where a vector does or one column before or behind.
 PLANES = (
     "dw n3c5h5w5k3s1d1p1 nchw",
     "dw n2c6h70w37k3s1d1p1 nchw act=relu",
@@ -69,6 +71,34 @@ PLANES = (
     "dw n1c2h6w17k3s2d1p0 nchw",
     "dw n1c2h100w130k3s1d1p1 nchw",
 )
+
+# By lines (csrc/cpu/lines.h): fewer taps than a vector has lanes, as many, one more, several vectors of them; lines
+# that are shorter than a vector, in step with vectors or not, longer than a task; padding on one side, on none, as wide
+# as the window.
+LINES = (
+    "dw n2c5w70k31s1d1p15 nchw act=relu",
+    "dw n1c3w300k31s1d1p15 nchw",
+    "dw n2c4w257k4s1d1p3:0 nchw act=silu",
+    "dw n1c20w256k4s1d1p3:0 nchw act=relu6",
+    "dw n1c2w16k3s1d1p1 nchw",
+    "dw n3c2w5k3s1d1p1 nchw",
+    "dw n1c2w33k16s1d1p0 nchw",
+    "dw n1c2w100k17s1d1p16 nchw act=gelu",
+    "dw n2c3w150k33s1d1p16 nchw",
+    "dw n1c2w200k63s1d1p31 nchw",
+    "dw n1c3w90k2s1d1p0:1 nchw",
+    "dw n1c3w64k1s1d1p0 nchw",
+    "dw n2c3w75k5s1d1p2m2 nchw",
+    "dw n1c3w75k7s1d1p3 sliced",
+    "dw n1c1w20000k9s1d1p4 nchw",
+    "dw n2c3t3h4w50k1x1x5s1x1x1d1p0x0x2 nchw act=relu",
+)
+
+
+def of_dtype(line: str, dtype: str) -> Case:
+    """A case of one of these lists."""
+    return Case.parse(line.replace("sliced", f"sliced {dtype}").replace("nchw", f"nchw {dtype}"))
+
 
 # Columns of bfloat16 in pairs (accumulate_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
 # each column of a pair outside, both or none, strides that begin a window with its second column, dilation, one row.
@@ -103,7 +133,8 @@ def test_accuracy(case):
 
 @pytest.mark.parametrize("row", row_parameters("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad"))
 def test_every_row(row, library):
-    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED)])
+    dtypes = itertools.cycle(["fp32", "bf16"])
+    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED), *map(of_dtype, PLANES[::3] + LINES[::3], dtypes)])
 
 
 @pytest.mark.parametrize("line", CELLS)
@@ -131,12 +162,23 @@ def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_forma
         assert torch.equal(got.double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taps", [3, 4, 17, 31])
+def test_what_is_infinite_stays_in_its_windows_of_a_line(taps, dtype):
+    weight = torch.ones(1, 1, taps, dtype=dtype)
+    for column in range(90):
+        x = torch.zeros(1, 1, 90, dtype=dtype)
+        x[..., column] = torch.inf
+        got = F.depthwise_conv1d(x, weight, padding=taps // 2)
+        expected = torch.nn.functional.conv1d(x.double(), weight.double(), padding=taps // 2)
+        assert torch.equal(got.double(), expected)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
-@pytest.mark.parametrize("line", PLANES)
-def test_planes(line, dtype):
-    case = Case.parse(line.replace("sliced", f"sliced {dtype}").replace("nchw", f"nchw {dtype}"))
-    check_exact(case)
-    check_accuracy(case)
+@pytest.mark.parametrize("line", PLANES + LINES)
+def test_contiguous(line, dtype):
+    check_exact(of_dtype(line, dtype))
+    check_accuracy(of_dtype(line, dtype))
 
 
 @pytest.mark.parametrize("line", CROWDED)
