@@ -28,19 +28,6 @@ struct Line {
   const Limits<T>& limits;
 };
 
-// Stores outputs; `count` of them if that is not a vector.
-template <class S, class T = Compute<S>>
-DSCONV_INLINE void put_line(S* y, Vec<T> v, const Limits<T>& limits, int64_t count = kLanes<T>) {
-  v = limits.of(v);
-  if (count < kLanes<T>) {
-    store_part<S>(y, v, count);
-  } else if (kRoundsBf16<S> && has_avx512_bf16) {
-    store_bf16(y, v);
-  } else {
-    store_narrow(y, v);
-  }
-}
-
 template <class S, class T = Compute<S>>
 static void line_edge(const Line<S>& line, const LineEdge<T>& edge) {
   Vec<T> acc = splat(line.bias);
@@ -49,7 +36,7 @@ static void line_edge(const Line<S>& line, const LineEdge<T>& edge) {
     const Lanes<T>& inside = edge.inside[t];
     acc += widened<S>(inside.load(x + t)) * inside.of(splat(line.weights[t * kLanes<T>]));
   }
-  put_line<S>(line.y + edge.first, acc, line.limits, edge.count);
+  put_outputs<S>(line.y + edge.first, acc, line.limits, edge.count);
 }
 
 // Adds to kVectors vectors of outputs the taps [begin, end) and those that are kTogether - 1 times a vector further on.
@@ -90,8 +77,8 @@ static void line_block(const Line<S>& line, int64_t first) {
       }
     });
   }
-  unroll<kVectors>([&]<int v>()
-                       __attribute__((always_inline)) { put_line<S>(line.y + first + v * kL, acc[v], line.limits); });
+  unroll<kVectors>(
+      [&]<int v>() __attribute__((always_inline)) { put_outputs<S>(line.y + first + v * kL, acc[v], line.limits); });
 }
 
 template <class S, bool kTransposed>
@@ -108,7 +95,8 @@ struct Lines {
     if (!kWidens<S>) return "half types are widened by rows";
     if (from.stride[4] != 1 || to.stride[4] != 1) return "columns are no neighbours in memory";
     for (int dim = 0; dim < 2; ++dim)
-      if (w.taps[dim] != 1 || w.in[dim] != w.out[dim] || w.stride[dim] != 1) return "taps in several rows";
+      if (w.taps[dim] != 1 || w.stride[dim] != 1 || w.pad[dim] != 0)
+        return "taps, strides or padding of other dimensions";
     if (w.stride[2] != 1 || w.dilation[2] != 1) return "strides or dilation";
     if (w.taps[2] > kChain) return "longer sums than this instruction set keeps in one chain";
     if (kTransposed && p.multiplier != 1) return "a gradient of multipliers";

@@ -89,6 +89,19 @@ struct Limits {
   }
 };
 
+// Stores neighbouring outputs; `count` of them if that is not a vector.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void put_outputs(S* y, Vec<T> v, const Limits<T>& limits, int64_t count = kLanes<T>) {
+  v = limits.of(v);
+  if (count < kLanes<T>) {
+    store_part<S>(y, v, count);
+  } else if (kRoundsBf16<S> && has_avx512_bf16) {
+    store_bf16(y, v);
+  } else {
+    store_narrow(y, v);
+  }
+}
+
 // The even (kOdd: odd) lanes of two vectors side by side, in an order that takes one instruction: within pieces of 16 bytes.
 template <int kOdd, class T>
 DSCONV_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
@@ -212,9 +225,10 @@ struct Plane {
   Limits<T> limits;
 };
 
-// The outputs of a strip in the rows of a piece.
+// The outputs of a strip in the rows of some pieces, one after the other.
 template <class S, int kTaps, int kStride, Reach kReach, class T = Compute<S>>
-static void plane_strip(const Plane<S>& plane, const Piece& piece, const Strip<T, kTaps, kStride>& strip) {
+static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece_count,
+                        const Strip<T, kTaps, kStride>& strip) {
   constexpr int kL = kLanes<T>, kLive = (kTaps + kStride - 1) / kStride;
   Vec<T> w[kTaps][kTaps], acc[kLive] = {};
   unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
@@ -223,64 +237,61 @@ static void plane_strip(const Plane<S>& plane, const Piece& piece, const Strip<T
     w[i / kTaps][i % kTaps] = kShuffles<S, kStride> ? from_proper_order<T>(inside) : inside;
   });
   const Vec<T> bias = splat(plane.bias);
-  const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
   const int64_t dilation = plane.dilation;
-  // Steps without conditions: a row of outputs is finished, and all rows lie in the tensor.
-  const int64_t steps = count + kLive - 1;
-  const int64_t from = max64(kLive - 1, ceil_div(max64(low, 0), kStride)), to = min64(steps, floor_div(high, kStride));
   const Limits<T> limits = plane.limits;
-  // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
-  const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
-  const S* x = plane.x + piece.x + strip.first * kStride;
-  S* y = plane.y + piece.y + strip.first;
-  const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
-  const S* next_y = plane.y + piece.y_next + strip.first * count;
-  // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
-  const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-    acc[k] = bias;
-    unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-      if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
-        const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
-          const S* at = x + t * dilation + i * kL;
-          if constexpr (kReach == Reach::inner) return load_bits_once(at);
-          return strip.columns[t][i].load(at);
-        };
-        for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
-          unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
-            constexpr int u = m * kStride + r;
-            if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
+  for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
+    const Piece& piece = *p;
+    const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
+    // Steps without conditions: a row of outputs is finished, and all rows lie in the tensor.
+    const int64_t steps = count + kLive - 1;
+    const int64_t from = max64(kLive - 1, ceil_div(max64(low, 0), kStride)),
+                  to = min64(steps, floor_div(high, kStride));
+    // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
+    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
+    const S* x = plane.x + piece.x + strip.first * kStride;
+    S* y = plane.y + piece.y + strip.first;
+    const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
+    const S* next_y = plane.y + piece.y_next + strip.first * count;
+    // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
+    const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      acc[k] = bias;
+      unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
+        if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
+          const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
+            const S* at = x + t * dilation + i * kL;
+            if constexpr (kReach == Reach::inner) return load_bits_once(at);
+            return strip.columns[t][i].load(at);
+          };
+          for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
+            unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
+              constexpr int u = m * kStride + r;
+              if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
+            });
           });
-        });
-      }
-      __builtin_prefetch(next_x, 0, 2);
-      next_x += kL * kStride;
-      x += x_row;
-    });
-    __builtin_prefetch(next_y, 1, 2);
-    next_y += kL;
-    if (kChecked && j < kLive - 1) return;
-    Vec<T> done = acc[(k + 1) % kLive];
-    if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
-    done = limits.of(done);
-    if (kReach == Reach::narrow && j >= whole) {
-      store_part<S>(y, done, strip.count);
-    } else if (kRoundsBf16<S> && has_avx512_bf16) {
-      store_bf16(y, done);
-    } else {
-      store_narrow(y, done);
-    }
-    y += y_row;
-  };
-  const auto advance_one = [&]<bool kChecked>(int64_t j) __attribute__((always_inline)) {
-    unroll<kLive - 1>([&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
-    advance.template operator()<kLive - 1, kChecked>(j);
-  };
-  int64_t j = 0;
-  for (; j < min64(from, steps); ++j) advance_one.template operator()<true>(j);
-  for (; j + kLive <= to; j += kLive)
-    unroll<kLive>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, false>(j + k); });
-  for (; j < to; ++j) advance_one.template operator()<false>(j);
-  for (; j < steps; ++j) advance_one.template operator()<true>(j);
+        }
+        __builtin_prefetch(next_x, 0, 2);
+        next_x += kL * kStride;
+        x += x_row;
+      });
+      __builtin_prefetch(next_y, 1, 2);
+      next_y += kL;
+      if (kChecked && j < kLive - 1) return;
+      Vec<T> done = acc[(k + 1) % kLive];
+      if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
+      put_outputs<S>(y, done, limits, kReach == Reach::narrow && j >= whole ? strip.count : kL);
+      y += y_row;
+    };
+    const auto advance_one = [&]<bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      unroll<kLive - 1>([&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
+      advance.template operator()<kLive - 1, kChecked>(j);
+    };
+    int64_t j = 0;
+    for (; j < min64(from, steps); ++j) advance_one.template operator()<true>(j);
+    for (; j + kLive <= to; j += kLive)
+      unroll<kLive>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, false>(j + k); });
+    for (; j < to; ++j) advance_one.template operator()<false>(j);
+    for (; j < steps; ++j) advance_one.template operator()<true>(j);
+  }
 }
 
 // Are rows of a half type as wide as Lanes wants them?
@@ -314,11 +325,12 @@ struct Planes {
     return nullptr;
   }
 
-  // Lanes without outputs, and the weights with which every strip begins (as long as kStart rows).
+  // Lanes without outputs, the weights with which every strip begins, and rows of outputs of every phase that are begun for
+  // nothing (each as long as so many rows).
   static double part(const DepthwiseProblem& p) {
-    constexpr double kStart = 3;
+    constexpr double kWeights = 1, kBegun = 2;
     const int64_t* out = kTransposed ? p.window.in : p.window.out;
-    return filled_lanes<T>(out[2]) / (1 + kStart * p.window.dilation[1] / max64(out[1], 1));
+    return filled_lanes<T>(out[2]) / (1 + (kWeights + kBegun * p.window.dilation[1]) / max64(out[1], 1));
   }
 
   // Of a plane, to be worked on at the same time.
@@ -368,6 +380,9 @@ struct Planes {
       ends[tile + 1] = ends[tile] + cut_rows(plan, from, to, top, bottom, rows, first_column, pieces + ends[tile]);
     }
 
+    // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
+    // weights.
+    const int64_t together = plan.y_phases > 1 ? out[1] : 1;
     const int64_t channels = plan.channels, tasks = p.batch * channels * per_plane;
     const int64_t multiplier = kTransposed ? 1 : p.multiplier;
     auto body = [&](int64_t task, int64_t end, int64_t) {
@@ -382,12 +397,14 @@ struct Planes {
             shared.bias[channel],
             dilation,
             Limits<T>(shared.activation)};
-        for (int64_t i = ends[tile]; i < ends[tile + 1]; ++i) {
+        for (int64_t i = ends[tile]; i < ends[tile + 1]; i += together) {
+          const int64_t count = min64(together, ends[tile + 1] - i);
           for (int64_t s = 0; s < strip_count; ++s) {
             const StripOf& strip = strips[s];
-            if (strip.reach == Reach::inner) plane_strip<S, kTaps, kStride, Reach::inner>(plane, pieces[i], strip);
-            if (strip.reach == Reach::edge) plane_strip<S, kTaps, kStride, Reach::edge>(plane, pieces[i], strip);
-            if (strip.reach == Reach::narrow) plane_strip<S, kTaps, kStride, Reach::narrow>(plane, pieces[i], strip);
+            const Piece* first = pieces + i;
+            if (strip.reach == Reach::inner) plane_strip<S, kTaps, kStride, Reach::inner>(plane, first, count, strip);
+            if (strip.reach == Reach::edge) plane_strip<S, kTaps, kStride, Reach::edge>(plane, first, count, strip);
+            if (strip.reach == Reach::narrow) plane_strip<S, kTaps, kStride, Reach::narrow>(plane, first, count, strip);
           }
         }
       }

@@ -224,7 +224,7 @@ static void store_taps(S* filters, Vec<T>* rows, const View& weight, const Windo
 
 constexpr int64_t kRingBytes = 96 << 10;         // of the rows in use: with the outputs they stay in an L2 of 256 KiB
 constexpr int64_t kCrowdedRingBytes = 40 << 10;  // near L1, which is what the copy is for
-constexpr int64_t kSmallPlane = 384;              // columns of a block of channels: not more than an L1
+constexpr int64_t kSmallPlane = 384;             // columns of a block of channels: not more than an L1
 
 // Of the lanes of vectors that hold neighbouring columns, the part that does.
 template <class T>
