@@ -22,7 +22,7 @@ DSCONV_INLINE void with_storage(DType dtype, Fn fn) {
 
 constexpr bool kReadsPacked = true;
 
-// Pass<S> has workspace_bytes, launch and, unless it runs everything, can_run; part, if it depends on the problem; the kernel
+// Pass<S> has workspace_bytes and launch; can_run, unless it runs everything; part, if that depends on the problem. The kernel
 // dispatches on the storage type.
 template <class Problem, template <class> class Pass, bool reads_packed = false>
 constexpr Kernel<Problem> kernel_of() {

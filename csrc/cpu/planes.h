@@ -34,9 +34,9 @@ struct Lanes {
 #if DSCONV_VECTOR_BYTES == 32
     if constexpr (sizeof(T) == 4) {
       shift = min64(max64(row_from, 0), row_to - kLanes<T>);
-      uint8_t from[16];
-      for (int i = 0; i < 16; ++i) from[i] = mask[i / 2] ? static_cast<uint8_t>(i - 2 * shift) : 0x80;
-      memcpy(&bytes, from, sizeof from);
+      uint8_t picked[16];
+      for (int i = 0; i < 16; ++i) picked[i] = mask[i / 2] ? static_cast<uint8_t>(i - 2 * shift) : 0x80;  // or zero
+      memcpy(&bytes, picked, sizeof picked);
     }
 #endif
   }
