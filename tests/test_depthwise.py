@@ -92,6 +92,8 @@ LINES = (
     "dw n1c3w75k7s1d1p3 sliced",
     "dw n1c1w20000k9s1d1p4 nchw",
     "dw n2c3t3h4w50k1x1x5s1x1x1d1p0x0x2 nchw act=relu",
+    "dw n1c3h8w300k1x5s1d1p0:1x2:2 nchw",
+    "dw n1c3h8w300k1x5s1d1p1:0x2:2 nchw",
 )
 
 

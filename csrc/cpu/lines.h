@@ -94,9 +94,10 @@ struct Lines {
     const View &from = kTransposed ? p.grad : p.x, &to = kTransposed ? p.grad_x : p.y;
     if (!kWidens<S>) return "half types are widened by rows";
     if (from.stride[4] != 1 || to.stride[4] != 1) return "columns are no neighbours in memory";
-    for (int dim = 0; dim < 2; ++dim)
-      if (w.taps[dim] != 1 || w.stride[dim] != 1 || w.pad[dim] != 0)
-        return "taps, strides or padding of other dimensions";
+    for (int dim = 0; dim < 2; ++dim) {
+      const bool alone = w.taps[dim] == 1 && w.stride[dim] == 1 && w.pad[dim] == 0 && w.in[dim] == w.out[dim];
+      if (!alone) return "taps, strides or padding of other dimensions";
+    }
     if (w.stride[2] != 1 || w.dilation[2] != 1) return "strides or dilation";
     if (w.taps[2] > kChain) return "longer sums than this instruction set keeps in one chain";
     if (kTransposed && p.multiplier != 1) return "a gradient of multipliers";
