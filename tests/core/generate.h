@@ -98,6 +98,16 @@ inline void draw_geometry(Random& r, Spec& s, bool shared) {
   }
 }
 
+// conv1d without stride and dilation: some kernels run nothing else.
+inline void draw_line(Random& r, Spec& s) {
+  static constexpr int64_t kTaps[] = {2, 3, 4, 5, 9, 15, 16, 17, 31};
+  s.multiplier = 1;
+  s.taps[2] = r.of(kTaps);
+  s.in[2] = r.one_in(3) ? r.between(1, 40) : r.between(40, 300);
+  s.pad[2] = r.between(0, s.taps[2] - 1);
+  fit_window(s, 2, r.between(0, s.taps[2] - 1));
+}
+
 // Halves sizes until the reference can afford the problem, then repeats images until threads are worth it.
 inline void limit_work(Random& r, Spec& s, bool shared) {
   int64_t* const halvable[] = {&s.batch, &s.channels, &s.filters, &s.out[0], &s.out[1], &s.out[2]};
@@ -129,8 +139,8 @@ inline void draw_parts(Random& r, Spec& s) {
   s.want_bias = want != 1;
 }
 
-inline void draw_layouts(Random& r, Spec& s) {
-  const Layout common = r.one_in(3) ? Layout::contiguous : Layout::channels_last;
+inline void draw_layouts(Random& r, Spec& s, bool is_line) {
+  const Layout common = is_line || r.one_in(3) ? Layout::contiguous : Layout::channels_last;
   for (int i = 0; i < kRoles; ++i) {
     const auto role = static_cast<Role>(i);
     if (shape_of(s, role)) s.layout[role] = draw_layout(r, role, common);
@@ -139,7 +149,7 @@ inline void draw_layouts(Random& r, Spec& s) {
   s.offset = r.one_in(2) ? 0 : r.between(1, 31);
 }
 
-// Problem number `index` of a pass. Every fifth is large enough for several threads.
+// Problem number `index` of a pass. Every fifth is large enough for several threads, every eighth a line.
 inline Spec generate(Pass pass, int64_t seed, int64_t index) {
   static constexpr Data kDraws[] = {Data::integers, Data::integers, Data::reals, Data::reals, Data::nonfinite};
   Random r(static_cast<uint64_t>(seed) * 1'000'003 + static_cast<uint64_t>(index) * 16 + static_cast<uint64_t>(pass));
@@ -153,12 +163,17 @@ inline Spec generate(Pass pass, int64_t seed, int64_t index) {
   s.channels = draw_channels(r);
   s.multiplier = s.depthwise() && pass != Pass::mask && r.one_in(4) ? r.between(2, 3) : 1;
   if (s.pointwise()) s.filters = draw_channels(r);
-  draw_geometry(r, s, shared);
+  const bool is_line = index % 8 == 3 && s.depthwise() && pass != Pass::mask;
+  if (is_line) {
+    draw_line(r, s);
+  } else {
+    draw_geometry(r, s, shared);
+  }
   draw_parts(r, s);
   // The operator asks for the bias gradient alone with one input channel that nobody reads.
   if (pass == Pass::pointwise_wgrad && !s.want_weight) s.channels = 1;
   limit_work(r, s, shared);
-  draw_layouts(r, s);
+  draw_layouts(r, s, is_line);
   return s;
 }
 
