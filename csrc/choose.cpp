@@ -117,11 +117,24 @@ Cost cost_of(const PointwiseProblem& p) {
   return {2 * positions * p.in_channels * p.out_channels, values * element_size(p.dtype)};
 }
 
-double time_us(const Cost& cost, const Row& row, DType dtype, const Machine& machine, double part = 1) {
+DType dtype_of(const DepthwiseProblem& p) { return p.dtype; }
+DType dtype_of(const PointwiseProblem& p) { return p.dtype; }
+DType dtype_of(const SeparableProblem& p) { return p.depthwise.dtype; }
+
+// What a row reaches of its instruction set's peak on a problem.
+template <class Problem>
+double efficiency_of(const Row& row, const Problem& problem) {
+  const auto part = kernel_of<Problem>(row).part;
+  return row.efficiency * (part ? part(problem) : 1);
+}
+
+template <class Problem>
+double time_us(const Cost& cost, const Row& row, const Problem& problem, const Machine& machine) {
   // Vectors of half the width halve the rate; fp64 halves it again.
   const auto width = [](Target target) { return static_cast<int>(std::min(target, Target::avx512)); };
   const int steps = machine.target == Target::cuda ? 0 : width(machine.target) - width(row.target);
-  const double rate = machine.peak_gflops * row.efficiency * part / (1 << steps) / (dtype == DType::f64 ? 2 : 1);
+  const double rate =
+      machine.peak_gflops * efficiency_of(row, problem) / (1 << steps) / (dtype_of(problem) == DType::f64 ? 2 : 1);
   const double bandwidth = cost.bytes > machine.cache_bytes ? machine.memory_gbs : machine.cache_gbs;
   // The sum, not the larger: of two rows that wait for the same memory the one with less arithmetic is the better.
   return (cost.flops / rate + cost.bytes / bandwidth) * 1e-3;
@@ -185,11 +198,10 @@ bool is_preferred(const Row& row, const Preferred& preferred) {
 }  // namespace
 
 double estimate_us(const Row& row, const DepthwiseProblem& p, const Machine& machine) {
-  const auto part = kernel_of<DepthwiseProblem>(row).part;
-  return time_us(cost_of(p), row, p.dtype, machine, part ? part(p) : 1) / busy_part(row, p, machine);
+  return time_us(cost_of(p), row, p, machine) / busy_part(row, p, machine);
 }
 double estimate_us(const Row& row, const PointwiseProblem& p, const Machine& machine) {
-  return time_us(cost_of(p), row, p.dtype, machine);
+  return time_us(cost_of(p), row, p, machine);
 }
 double estimate_us(const Row& row, const SeparableProblem& p, const Machine& machine) {
   const auto own = kernel_of<SeparableProblem>(row).estimate_us;
@@ -198,8 +210,7 @@ double estimate_us(const Row& row, const SeparableProblem& p, const Machine& mac
   const Cost depthwise = cost_of(p.depthwise), pointwise = cost_of(p.pointwise);
   const double map =
       2.0 * numel(p.pointwise.batch, p.pointwise.in_channels, p.pointwise.size) * element_size(p.depthwise.dtype);
-  return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p.depthwise.dtype,
-                 machine) /
+  return time_us({depthwise.flops + pointwise.flops, depthwise.bytes + pointwise.bytes - map}, row, p, machine) /
          busy_part(row, p, machine);
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
+import choices
 import dsconv_ext.functional as F
 from cases import Case, sample
 from judges import check_accuracy, check_exact
@@ -97,6 +98,10 @@ LINES = (
 )
 
 
+# They are taken where they can run, however few lanes a width fills.
+CONTIGUOUS_ROWS = [row["name"] for row in choices.rows() if "_planes_" in row["name"] or "_lines_" in row["name"]]
+
+
 def of_dtype(line: str, dtype: str) -> Case:
     """A case of one of these lists."""
     return Case.parse(line.replace("sliced", f"sliced {dtype}").replace("nchw", f"nchw {dtype}"))
@@ -153,6 +158,7 @@ def test_columns_in_pairs(line):
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 1), (7, 1), (7, 2)])
+@choices.forced(*CONTIGUOUS_ROWS)
 def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_format):
     """A value outside the window of an output does not meet a weight of zero instead: the product would be NaN."""
     for column in range(16):
@@ -166,6 +172,7 @@ def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_forma
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taps", [3, 4, 17, 31])
+@choices.forced(*CONTIGUOUS_ROWS)
 def test_what_is_infinite_stays_in_its_windows_of_a_line(taps, dtype):
     weight = torch.ones(1, 1, taps, dtype=dtype)
     for column in range(90):
@@ -178,9 +185,28 @@ def test_what_is_infinite_stays_in_its_windows_of_a_line(taps, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
 @pytest.mark.parametrize("line", PLANES + LINES)
+@choices.forced(*CONTIGUOUS_ROWS)
 def test_contiguous(line, dtype):
     check_exact(of_dtype(line, dtype))
     check_accuracy(of_dtype(line, dtype))
+
+
+@pytest.mark.parametrize(
+    ("line", "rows"),
+    [
+        ("dw n1c144h56w56k3s1d1p1 nchw fp32", ("planes", "planes", "planes")),
+        ("dw n1c64h7w7k7s1d1p3 nchw fp32", ("rows", "rows", "rows")),
+        ("dw n1c64w1000k9s1d1p4 nchw fp32", ("lines", "lines", "rows")),
+        ("dw n1c64w12k7s1d1p3 nchw fp32", ("rows", "rows", "rows")),
+    ],
+)
+def test_contiguous_tensors_take_what_is_faster(line, rows):
+    """Planes and lines where a width fills vectors, else columns of channels (`part` of the kernels)."""
+    with choices.recorded() as made:
+        check_exact(Case.parse(line))
+    names = [f"depthwise_{kind}_{row}_" for kind, row in zip(("fwd", "dgrad", "wgrad"), rows, strict=True)]
+    taken = choices.chosen(made)
+    assert all(any(name.startswith(start) for name in taken) for start in names), taken
 
 
 @pytest.mark.parametrize("line", CROWDED)

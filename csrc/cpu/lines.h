@@ -17,22 +17,12 @@ struct LineEdge {
   const Lanes<T>* inside;
 };
 
-// A row of the input, from the column that output 0 reads first, and one of outputs.
+// A line is a plane of one row; its x is the column that output 0 reads first.
 template <class S, class T = Compute<S>>
-struct Line {
-  const S* x;
-  S* y;
-  const T* weights;  // [tap][lane] at the lane of its filter
-  T bias;
-  int64_t taps;
-  const Limits<T>& limits;
-};
-
-template <class S, class T = Compute<S>>
-static void line_edge(const Line<S>& line, const LineEdge<T>& edge) {
+static void line_edge(const Plane<S>& line, int64_t taps, const LineEdge<T>& edge) {
   Vec<T> acc = splat(line.bias);
   const S* x = line.x + edge.first;
-  for (int64_t t = 0; t < line.taps; ++t) {
+  for (int64_t t = 0; t < taps; ++t) {
     const Lanes<T>& inside = edge.inside[t];
     acc += widened<S>(inside.load(x + t)) * inside.of(splat(line.weights[t * kLanes<T>]));
   }
@@ -57,7 +47,7 @@ DSCONV_INLINE void add_taps(const S* x, const T* weights, int64_t begin, int64_t
 
 // kVectors vectors of outputs from output `first` on, whose columns lie in the line.
 template <class S, int kVectors, class T = Compute<S>>
-static void line_block(const Line<S>& line, int64_t first) {
+static void line_block(const Plane<S>& line, int64_t taps, int64_t first) {
   constexpr int kL = kLanes<T>, kTogether = 4;
   constexpr int64_t kAhead = 2048 / sizeof(S);
   Vec<T> acc[kVectors];
@@ -66,8 +56,8 @@ static void line_block(const Line<S>& line, int64_t first) {
     __builtin_prefetch(line.x + first + v * kL + kAhead, 0, 2);
     __builtin_prefetch(line.y + first + v * kL + kAhead, 1, 2);
   });
-  for (int64_t t = 0; t < line.taps; t += kTogether * kL) {
-    const int64_t taps = min64(kTogether * kL, line.taps - t), all = taps / kL, rest = taps % kL;
+  for (int64_t t = 0; t < taps; t += kTogether * kL) {
+    const int64_t band = min64(kTogether * kL, taps - t), all = band / kL, rest = band % kL;
     const S* x = line.x + first + t;
     const T* weights = line.weights + t * kL;
     unroll<kTogether + 1>([&]<int together>() __attribute__((always_inline)) {
@@ -167,13 +157,11 @@ struct Lines {
                  row % out[1] * view.stride[3];
         };
         const int64_t source = kTransposed || p.multiplier == 1 ? channel : channel / p.multiplier;
-        const Line<S> line{static_cast<const S*>(from.data) + offset(from, source) + low,
-                           static_cast<S*>(to.data) + offset(to, channel),
-                           shared.weights + channel / kL * shared.weight_block + (channel - base),
-                           shared.bias[channel],
-                           taps,
-                           limits};
-        compute(line, cut, edges, cut.vectors * part / cuts, cut.vectors * (part + 1) / cuts);
+        const Plane<S> line{static_cast<const S*>(from.data) + offset(from, source) + low,
+                            static_cast<S*>(to.data) + offset(to, channel),
+                            shared.weights + channel / kL * shared.weight_block + (channel - base),
+                            shared.bias[channel], limits};
+        compute(line, taps, cut, edges, cut.vectors * part / cuts, cut.vectors * (part + 1) / cuts);
         if (++part < cuts) continue;
         part = 0;
         if (++row < rows) continue;
@@ -188,17 +176,18 @@ struct Lines {
   }
 
   // Vectors [v, last) of the outputs of a line.
-  static void compute(const Line<S>& line, const Cut& cut, const LineEdge<T>* edges, int64_t v, int64_t last) {
-    for (; v < min64(last, cut.first); ++v) line_edge<S>(line, edges[v]);
+  static void compute(const Plane<S>& line, int64_t taps, const Cut& cut, const LineEdge<T>* edges, int64_t v,
+                      int64_t last) {
+    for (; v < min64(last, cut.first); ++v) line_edge<S>(line, taps, edges[v]);
     const int64_t first = v, inner = min64(last, cut.last);
     const auto blocks = [&]<int kVectors>() __attribute__((always_inline)) {
       if (inner - first < kVectors) return;  // else the last one may compute anew what is there
-      for (; v < inner; v += kVectors) line_block<S, kVectors>(line, min64(v, inner - kVectors) * kL);
+      for (; v < inner; v += kVectors) line_block<S, kVectors>(line, taps, min64(v, inner - kVectors) * kL);
     };
     blocks.template operator()<kBlockVectors>();
     blocks.template operator()<kBlockVectors / 2>();
     blocks.template operator()<1>();
-    for (v = max64(first, inner); v < last; ++v) line_edge<S>(line, edges[v - cut.last + cut.first]);
+    for (v = max64(first, inner); v < last; ++v) line_edge<S>(line, taps, edges[v - cut.last + cut.first]);
   }
 };
 

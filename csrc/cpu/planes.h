@@ -189,10 +189,12 @@ enum class Reach { inner, edge, narrow };
 template <class T, int kTaps, int kStride>
 struct Strip {
   int64_t first, count;  // outputs
+  int64_t dilation;      // columns between taps
   Reach reach;
   Lanes<T> weights[kTaps], columns[kTaps][kStride];
 
-  Strip(int64_t first, int64_t count, int64_t low, int64_t high, int64_t dilation) : first(first), count(count) {
+  Strip(int64_t first, int64_t count, int64_t low, int64_t high, int64_t dilation)
+      : first(first), count(count), dilation(dilation) {
     constexpr int kL = kLanes<T>;
     const bool inner = low <= 0 && high >= (kTaps - 1) * dilation + kL * kStride;
     reach = count < kL ? Reach::narrow : inner ? Reach::inner : Reach::edge;
@@ -221,8 +223,7 @@ struct Plane {
   S* y;
   const T* weights;  // [tap][lane] at the lane of its filter
   T bias;
-  int64_t dilation;  // columns between taps
-  Limits<T> limits;
+  const Limits<T>& limits;
 };
 
 // The outputs of a strip in the rows of some pieces, one after the other.
@@ -237,7 +238,7 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
     w[i / kTaps][i % kTaps] = kShuffles<S, kStride> ? from_proper_order<T>(inside) : inside;
   });
   const Vec<T> bias = splat(plane.bias);
-  const int64_t dilation = plane.dilation;
+  const int64_t dilation = strip.dilation;
   const Limits<T> limits = plane.limits;
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
@@ -383,6 +384,7 @@ struct Planes {
     // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
     // weights.
     const int64_t together = plan.y_phases > 1 ? out[1] : 1;
+    const Limits<T> limits(shared.activation);
     const int64_t channels = plan.channels, tasks = p.batch * channels * per_plane;
     const int64_t multiplier = kTransposed ? 1 : p.multiplier;
     auto body = [&](int64_t task, int64_t end, int64_t) {
@@ -393,10 +395,7 @@ struct Planes {
         const Plane<S> plane{
             static_cast<const S*>(from.data) + image * from.stride[0] + channel / multiplier * from.stride[1],
             static_cast<S*>(to.data) + image * to.stride[0] + channel * to.stride[1],
-            shared.weights + channel / kL * shared.weight_block + (channel - first),
-            shared.bias[channel],
-            dilation,
-            Limits<T>(shared.activation)};
+            shared.weights + channel / kL * shared.weight_block + (channel - first), shared.bias[channel], limits};
         for (int64_t i = ends[tile]; i < ends[tile + 1]; i += together) {
           const int64_t count = min64(together, ends[tile + 1] - i);
           for (int64_t s = 0; s < strip_count; ++s) {
