@@ -75,7 +75,8 @@ struct Rows {
     const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
   };
   static double part(const DepthwiseProblem& p) {
-    return part_of_turning<T>(input_of(p), kTransposed ? p.grad_x : p.y, p.window);
+    const View &in = kTransposed ? p.grad_x : p.x, &out = kTransposed ? p.grad : p.y;  // of the convolution
+    return part_of_turning<T>(in.stride[1] != 1, out.stride[1] != 1, p.window);
   }
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};

@@ -98,7 +98,9 @@ struct RowsGradWeight {
            (plan.grad.direct ? 0 : plan.grad.rows * w.out[2]);
   }
   static int64_t slab_sums(const Plan& plan) { return plan.blocks * (plan.taps + 1) * kL; }
-  static double part(const DepthwiseProblem& p) { return part_of_turning<T>(p.x, p.grad, p.window); }
+  static double part(const DepthwiseProblem& p) {
+    return part_of_turning<T>(p.x.stride[1] != 1, p.grad.stride[1] != 1, p.window);
+  }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
     Plan plan = plan_of(p);
     return kBlockBytes + piece_bytes<T>(plan.slabs * slab_sums(plan)) + threads * slot_bytes(plan);

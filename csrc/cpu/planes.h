@@ -40,8 +40,17 @@ struct Lanes {
     }
 #endif
   }
+  void shuffle();  // as every_second does
   __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
     return reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Index>>(v) & mask);
+  }
+  // acc + a * b in those lanes, acc in the others, for a value of `a` that is zero there.
+  __attribute__((always_inline)) Vec<T> add_product(Vec<T> acc, Vec<T> a, Vec<T> b) const {
+#if DSCONV_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 8) return _mm512_mask3_fmadd_pd(a, b, acc, bits);
+    if constexpr (sizeof(T) == 4) return _mm512_mask3_fmadd_ps(a, b, acc, bits);
+#endif
+    return acc + a * of(b);
   }
   // Those in memory, zero elsewhere. Of half types with AVX2, the row must have a vector's width.
   template <class S>
@@ -130,6 +139,13 @@ DSCONV_INLINE Vec<T> from_proper_order(Vec<T> v) {
   typename Lanes<T>::Places places;
   unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) { places[l] = proper_lane<T>(l); });
   return __builtin_shuffle(v, places);
+}
+
+template <class T>
+void Lanes<T>::shuffle() {
+  mask = reinterpret_cast<Vec<Index>>(from_proper_order<T>(reinterpret_cast<Vec<T>>(mask)));
+  bits = 0;
+  for (int l = 0; l < kLanes<T>; ++l) bits |= mask[l] ? 1u << l : 0;
 }
 
 // Two vectors of a half type as one.
@@ -295,6 +311,37 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
   }
 }
 
+// Output rows [top, bottom) of all phases, up to `most` in a piece; returns the number of pieces. Fetched are the
+// rows of the next piece, or of the next tile if phases take turns within this one.
+DSCONV_INLINE int64_t cut_rows(const Correlation& c, const View& from, const View& to, int64_t top, int64_t bottom,
+                               int64_t most, Piece* pieces) {
+  const int64_t first_column = c.phase(2, 0).in_first, phases = c.phases(1);
+  Piece* next = pieces;
+  int64_t done = 0;
+  for (int64_t i = 0; i < phases; ++i) {
+    const Phase y = c.phase(1, i);
+    const int64_t first = ceil_div(max64(top - i, 0), y.out_step);
+    const int64_t last = min64(y.count, ceil_div(max64(bottom - i, 0), y.out_step));
+    const int64_t cuts = ceil_div(last - first, most);
+    for (int64_t cut = 0; cut < cuts; ++cut, ++next) {
+      const int64_t n = first + (last - first) * cut / cuts, end = first + (last - first) * (cut + 1) / cuts;
+      const int64_t row = y.in_first + n * y.in_step;
+      const int64_t ahead = phases == 1 ? end : bottom + done;
+      *next = {row * from.stride[3] + first_column,
+               (y.out_first + n * y.out_step) * to.stride[3],
+               (y.in_first + ahead * y.apart) * from.stride[3] + first_column,
+               ahead * to.stride[3],
+               y.tap_step * from.stride[3],
+               y.out_step * to.stride[3],
+               ceil_of(-row, y.tap_step),
+               ceil_of(c.source()[1] - row, y.tap_step),
+               end - n};
+      done += end - n;
+    }
+  }
+  return next - pieces;
+}
+
 // Are rows of a half type as wide as Lanes wants them?
 template <class S>
 DSCONV_INLINE bool has_wide_rows(const Window& w) {
@@ -378,7 +425,7 @@ struct Planes {
     for (int64_t tile = 0; tile < per_plane; ++tile) {
       const int64_t top = out[1] * tile / per_plane, bottom = out[1] * (tile + 1) / per_plane;
       const int64_t rows = max64(kTileRows, kTileBytes / (in[2] * kStride * static_cast<int64_t>(sizeof(S))));
-      ends[tile + 1] = ends[tile] + cut_rows(plan, from, to, top, bottom, rows, first_column, pieces + ends[tile]);
+      ends[tile + 1] = ends[tile] + cut_rows(plan.c, from, to, top, bottom, rows, pieces + ends[tile]);
     }
 
     // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
@@ -409,36 +456,6 @@ struct Planes {
       }
     };
     for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
-  }
-
-  // Output rows [top, bottom) of all phases, up to `most` in a piece; returns the number of pieces. Fetched are the
-  // rows of the next piece, or of the next tile if phases take turns within this one.
-  static int64_t cut_rows(const Plan& plan, const View& from, const View& to, int64_t top, int64_t bottom, int64_t most,
-                          int64_t first_column, Piece* pieces) {
-    Piece* next = pieces;
-    int64_t done = 0;
-    for (int64_t i = 0; i < plan.y_phases; ++i) {
-      const Phase y = plan.c.phase(1, i);
-      const int64_t first = ceil_div(max64(top - i, 0), y.out_step);
-      const int64_t last = min64(y.count, ceil_div(max64(bottom - i, 0), y.out_step));
-      const int64_t cuts = ceil_div(last - first, most);
-      for (int64_t cut = 0; cut < cuts; ++cut, ++next) {
-        const int64_t n = first + (last - first) * cut / cuts, end = first + (last - first) * (cut + 1) / cuts;
-        const int64_t row = y.in_first + n * y.in_step;
-        const int64_t ahead = plan.y_phases == 1 ? end : bottom + done;
-        *next = {row * from.stride[3] + first_column,
-                 (y.out_first + n * y.out_step) * to.stride[3],
-                 (y.in_first + ahead * y.apart) * from.stride[3] + first_column,
-                 ahead * to.stride[3],
-                 y.tap_step * from.stride[3],
-                 y.out_step * to.stride[3],
-                 ceil_of(-row, y.tap_step),
-                 ceil_of(plan.c.source()[1] - row, y.tap_step),
-                 end - n};
-        done += end - n;
-      }
-    }
-    return next - pieces;
   }
 };
 

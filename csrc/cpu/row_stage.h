@@ -232,15 +232,17 @@ static double filled_lanes(int64_t columns) {
   return max64(columns, 1) / static_cast<double>(round_up(max64(columns, 1), kLanes<T>));
 }
 
-// The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous tensors and back
+// The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous inputs and outputs
 // (kTurn: multiply-adds in the time of that).
 template <class T>
-static double part_of_turning(const View& source, const View& target, const Window& w) {
+static double part_of_turning(bool turns_in, bool turns_out, const Window& w) {
   constexpr double kTurn = 5.5;
-  const int sides = (source.stride[1] != 1) + (target.stride[1] != 1);
   const double taps = static_cast<double>(product(w.taps));
-  const int64_t plane = w.out[1] * w.out[2], columns = plane <= kSmallPlane ? plane : w.out[2];
-  return taps / (taps + kTurn * sides / filled_lanes<T>(max64(columns, kLanes<T> / 4)));
+  const auto turned = [&](const int64_t (&size)[3]) {  // the work, in multiply-adds of each output
+    const int64_t plane = size[1] * size[2], columns = plane <= kSmallPlane ? plane : size[2];
+    return kTurn * product(size) / filled_lanes<T>(max64(columns, kLanes<T> / 4)) / max64(product(w.out), 1);
+  };
+  return taps / (taps + (turns_in ? turned(w.in) : 0) + (turns_out ? turned(w.out) : 0));
 }
 
 // The rows of one tensor. At one time at most `planes` planes `plane_step` apart and `rows` rows `row_step` apart are in

@@ -78,4 +78,29 @@ DSCONV_INLINE void transpose(Vec<T>* rows) {
   });
 }
 
+// Lane i of the result is the sum of the lanes of row i; zero from kCount rows on. Overwrites the rows.
+template <class T, int kCount>
+DSCONV_INLINE Vec<T> sum_of_lanes(Vec<T>* rows) {
+  constexpr int kL = kLanes<T>;
+  typedef typename IntOf<sizeof(T)>::type Index;
+  static_assert(kCount <= kL);
+  unroll<5>([&]<int level>() __attribute__((always_inline)) {
+    constexpr int s = 1 << level;  // rows i and i + s become one
+    if constexpr (s < kL) {
+      Vec<Index> low, high;
+      unroll<kL>([&]<int l>() __attribute__((always_inline)) {
+        low[l] = l & s ? kL + l - s : l;
+        high[l] = l & s ? kL + l : l + s;
+      });
+      unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+        if constexpr (i % (2 * s) == 0 && i < kCount) {
+          const Vec<T> a = rows[i], b = i + s < kCount ? rows[i + s] : splat(T(0));
+          rows[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+        }
+      });
+    }
+  });
+  return rows[0];
+}
+
 }  // namespace dsconv::cpu::DSCONV_ISA
