@@ -14,16 +14,23 @@ __attribute__((noinline)) static void activate_row(ActivationSpec spec, T* value
   });
 }
 
-// relu and relu6 stay in registers; the others go through memory, a row of values at a time.
+// relu, relu6 and hardswish stay in registers; the others go through memory, a row of values at a time.
 template <int kCount, class T>
 DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
   if (spec.kind == Activation::none) return;
+  const Vec<T> zero = splat(T(0)), six = splat(T(6));
   if (spec.kind == Activation::relu || spec.kind == Activation::relu6) {
-    const Vec<T> zero = splat(T(0)), six = splat(T(6));
     const bool bounded = spec.kind == Activation::relu6;
     unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-      values[i] = values[i] < zero ? zero : values[i];
-      if (bounded) values[i] = values[i] > six ? six : values[i];
+      values[i] = at_least(values[i], zero);
+      if (bounded) values[i] = at_most(values[i], six);
+    });
+    return;
+  }
+  if (spec.kind == Activation::hardswish) {
+    const Vec<T> three = splat(T(3)), part = splat(sixth(T(1)));
+    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+      values[i] *= at_most(at_least(values[i] + three, zero), six) * part;
     });
     return;
   }

@@ -55,6 +55,24 @@ DSCONV_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
+// Values as large (small) as a bound at least (most); NaN stays.
+template <class V>
+DSCONV_INLINE V at_least(V v, V bound) {
+#if DSCONV_VECTOR_BYTES == 64  // one instruction, where GCC makes a comparison and a selection
+  if constexpr (sizeof v[0] == 4) return _mm512_max_ps(bound, v);
+  if constexpr (sizeof v[0] == 8) return _mm512_max_pd(bound, v);
+#endif
+  return v < bound ? bound : v;
+}
+template <class V>
+DSCONV_INLINE V at_most(V v, V bound) {
+#if DSCONV_VECTOR_BYTES == 64
+  if constexpr (sizeof v[0] == 4) return _mm512_min_ps(bound, v);
+  if constexpr (sizeof v[0] == 8) return _mm512_min_pd(bound, v);
+#endif
+  return v > bound ? bound : v;
+}
+
 // Loads a vector into a register: compilers would rather read memory again as the operand of every use.
 template <class T>
 DSCONV_INLINE Vec<T> load_once(const T* p) {
