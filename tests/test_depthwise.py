@@ -46,9 +46,10 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# By planes (csrc/cpu/planes.h, grad_planes.h): strips narrower than a vector, with a column outside on one side or both
-# and with none, taps that no column meets, more rows than one chain of additions, several images in one, rows of taps
-# outside, dilated rows of all phases, rows that end where a vector does or one column before or behind.
+# By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
+# one side or both and with none, taps that no column meets, more rows than one chain of additions, several images in
+# one, rows of taps outside, dilated rows of all phases, rows that end where a vector does or a column before or behind;
+# cells with half a one at either end, of both parities.
 PLANES = (
     "dw n3c5h5w5k3s1d1p1 nchw",
     "dw n2c6h70w37k3s1d1p1 nchw act=relu",
@@ -71,6 +72,16 @@ PLANES = (
     "dw n1c2h6w16k3s2d1p1:0x1:0 nchw",
     "dw n1c2h6w17k3s2d1p0 nchw",
     "dw n1c2h100w130k3s1d1p1 nchw",
+    "dw n1c2h13w31k3s2d1p1 nchw",
+    "dw n2c3h40w32k3s2d1p0 nchw act=relu",
+    "dw n1c2h9w33k5s2d1p2 nchw",
+    "dw n1c3h11w67k5s2d1p1:2x1:2 nchw",
+    "dw n1c2h70w140k7s2d1p3 nchw",
+    "dw n1c2h33w20k7s2d1p2:4x6:1 nchw",
+    "dw n1c2h12w18k3s2d1p1x0 nchw",
+    "dw n2c3h15w18k5s2d1p3 sliced",
+    "dw n2c3h4w3k3s2d1p1 nchw",
+    "dw n1c70h150w40k3s2d1p1 nchw",
 )
 
 # By lines (csrc/cpu/lines.h): fewer taps than a vector has lanes, as many, one more, several vectors of them; lines
@@ -145,6 +156,7 @@ def test_every_row(row, library):
 
 
 @pytest.mark.parametrize("line", CELLS)
+@choices.forced(*(row["name"] for row in choices.rows() if row["name"].startswith("depthwise_dgrad_rows_")))
 def test_gradient_by_cells(line):
     check_exact(Case.parse(line))
 
@@ -168,6 +180,12 @@ def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_forma
         got = F.depthwise_conv2d(x, weight, stride=stride, padding=taps // 2)
         expected = conv2d(x.double(), weight.double(), stride=stride, padding=taps // 2, groups=16)
         assert torch.equal(got.double(), expected)
+        grad = torch.zeros_like(got)
+        grad[..., -1, column // stride] = torch.inf
+        ours, theirs = x.zero_().requires_grad_(), x.double().detach().requires_grad_()
+        F.depthwise_conv2d(ours, weight, stride=stride, padding=taps // 2).backward(grad)
+        conv2d(theirs, weight.double(), stride=stride, padding=taps // 2, groups=16).backward(grad.double())
+        assert torch.equal(ours.grad.double(), theirs.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,6 +213,7 @@ def test_contiguous(line, dtype):
     ("line", "rows"),
     [
         ("dw n1c144h56w56k3s1d1p1 nchw fp32", ("planes", "planes", "planes")),
+        ("dw n1c96h56w56k3s2d1p1 nchw fp32", ("planes", "planes", "planes")),
         ("dw n1c64h7w7k7s1d1p3 nchw fp32", ("rows", "rows", "rows")),
         ("dw n1c64w1000k9s1d1p4 nchw fp32", ("lines", "lines", "rows")),
         ("dw n1c64w12k7s1d1p3 nchw fp32", ("rows", "rows", "rows")),

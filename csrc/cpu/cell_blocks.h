@@ -21,7 +21,13 @@ struct CellTaps {
     const int even = (r + kOdd) % 2, shift = (r + kOdd - even) / 2, t = even + 2 * (shift - kFirst - i);
     return t >= 0 && t < kTaps ? t : -1;
   }
-  // Its place among the packed taps (Correlation::place_of): the even ones, descending, before the odd ones.
+  // The input with which tap t meets an output.
+  static constexpr int input(int t) {
+    for (int i = 0; i < kInputs; ++i)
+      if (tap(0, i) == t || tap(1, i) == t) return i;
+    return -1;
+  }
+  // The place of a tap among the packed ones (Correlation::place_of): the even ones, descending, before the odd ones.
   static constexpr int place(int t) {
     constexpr int kEven = (kTaps + 1) / 2;
     return t % 2 == 0 ? kEven - 1 - t / 2 : kEven + kTaps / 2 - 1 - t / 2;

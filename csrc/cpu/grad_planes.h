@@ -96,16 +96,7 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
         x += x_row;
       });
     };
-    const auto advance_one = [&]<bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      unroll<kLive - 1>([&]<int i>() __attribute__((always_inline)) { live[i] = live[i + 1]; });
-      advance.template operator()<kLive - 1, kChecked>(j);
-    };
-    int64_t j = 0;
-    for (; j < min64(from, steps); ++j) advance_one.template operator()<true>(j);
-    for (; j + kLive <= to; j += kLive)
-      unroll<kLive>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, false>(j + k); });
-    for (; j < to; ++j) advance_one.template operator()<false>(j);
-    for (; j < steps; ++j) advance_one.template operator()<true>(j);
+    go_down<kLive>(steps, from, to, advance, [&]<int i>() __attribute__((always_inline)) { live[i] = live[i + 1]; });
   }
   unroll<kRows * kTaps>([&]<int i>() __attribute__((always_inline)) { sums[kFirst * kTaps + i] = sum[i]; });
   if constexpr (kFirst == 0) sums[kTaps * kTaps] += bias;
@@ -188,8 +179,9 @@ struct PlanesGradWeight {
     for (int64_t i = 0, pieces_before = 0; i < tiles; ++i) {
       const int64_t top = w.out[1] * i / tiles, bottom = w.out[1] * (i + 1) / tiles, rows = bottom - top;
       Piece* const first = pieces + pieces_before;
-      tile_list[i] = {first, cut_rows(correlation, p.x, p.grad, top, bottom, rows, first), rows};
-      pieces_before += tile_list[i].count;
+      const int64_t count = ByOutputs<S, kTaps, kStride>::cut_rows(correlation, p.x, p.grad, top, bottom, rows, first);
+      tile_list[i] = {first, count, rows};
+      pieces_before += count;
     }
 
     const int64_t channels = p.channels * p.multiplier;

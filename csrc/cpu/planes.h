@@ -1,352 +1,10 @@
-// Depthwise correlation by planes: contiguous tensors, where neighbouring columns are neighbours in memory.
-//
-// A vector holds neighbouring outputs of one row. Strips of one vector's width go down the plane: each row of the input
-// is loaded once for every column of taps and multiplied into all rows of outputs whose windows hold it, which are kept
-// in registers until their last row has come. Borders as in row_blocks.h: rows outside the tensor are left out; columns
-// outside are lanes of zeros times weights that are zero there, so no weight meets padding.
+// Depthwise correlation by planes: the forward pass and the input gradient of contiguous tensors, strip by strip.
 #pragma once
 
 #include "depthwise_rows.h"
+#include "plane_cells.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
-
-// The lanes [low, high) of a vector, the others neither read nor written.
-template <class T>
-struct Lanes {
-  typedef typename IntOf<sizeof(T)>::type Index;
-  typedef Vec<Index> Places;  // of lanes to be shuffled
-  Vec<Index> mask;            // all bits of those lanes
-  int64_t low, high;
-  uint32_t bits;  // one of each
-#if DSCONV_VECTOR_BYTES == 32
-  // Of half types: where a whole vector lies in the row, and the bytes of it that belong into each of those lanes.
-  int64_t shift;
-  __m128i bytes;
-#endif
-
-  Lanes() = default;
-  Lanes(int64_t from, int64_t to) : Lanes(from, to, from, to) {}
-  // In a row of which the lanes [row_from, row_to) would lie in memory.
-  Lanes(int64_t from, int64_t to, [[maybe_unused]] int64_t row_from, [[maybe_unused]] int64_t row_to)
-      : low(max64(from, 0)), high(min64(to, kLanes<T>)) {
-    for (int l = 0; l < kLanes<T>; ++l) mask[l] = l >= low && l < high ? -1 : 0;
-    bits = high <= low ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
-#if DSCONV_VECTOR_BYTES == 32
-    if constexpr (sizeof(T) == 4) {
-      shift = min64(max64(row_from, 0), row_to - kLanes<T>);
-      uint8_t picked[16];
-      for (int i = 0; i < 16; ++i) picked[i] = mask[i / 2] ? static_cast<uint8_t>(i - 2 * shift) : 0x80;  // or zero
-      memcpy(&bytes, picked, sizeof picked);
-    }
-#endif
-  }
-  void shuffle();  // as every_second does
-  __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
-    return reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Index>>(v) & mask);
-  }
-  // acc + a * b in those lanes, acc in the others, for a value of `a` that is zero there.
-  __attribute__((always_inline)) Vec<T> add_product(Vec<T> acc, Vec<T> a, Vec<T> b) const {
-#if DSCONV_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 8) return _mm512_mask3_fmadd_pd(a, b, acc, bits);
-    if constexpr (sizeof(T) == 4) return _mm512_mask3_fmadd_ps(a, b, acc, bits);
-#endif
-    return acc + a * of(b);
-  }
-  // Those in memory, zero elsewhere. Of half types with AVX2, the row must have a vector's width.
-  template <class S>
-  __attribute__((always_inline)) Bits<S> load(const S* p) const {
-#if DSCONV_VECTOR_BYTES == 64
-    if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(bits, p);
-    if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(bits, p);
-    if constexpr (sizeof(S) == 2) return reinterpret_cast<Bits<S>>(_mm256_maskz_loadu_epi16(bits, p));
-#elif DSCONV_VECTOR_BYTES == 32
-    if constexpr (sizeof(S) == 8) return _mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask));
-    if constexpr (sizeof(S) == 4) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
-    if constexpr (sizeof(S) == 2) {
-      const __m128i there = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + shift));
-      return reinterpret_cast<Bits<S>>(_mm_shuffle_epi8(there, bytes));
-    }
-#endif
-    S values[kLanes<T>] = {};
-    for (int64_t l = low; l < high; ++l) values[l] = p[l];
-    return load_bits(values);
-  }
-};
-
-// An activation as limits where they make it. The others are a call, which keeps them out of the registers of the loop.
-template <class T>
-struct Limits {
-  const ActivationSpec& activation;
-  bool any, others;
-  T low, high;
-
-  explicit Limits(const ActivationSpec& spec)
-      : activation(spec), any(spec.kind == Activation::relu || spec.kind == Activation::relu6), low(0) {
-    others = spec.kind > Activation::relu6;
-    high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
-  }
-  __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
-    if (any) {
-      v = v < splat(low) ? splat(low) : v;  // NaN stays
-      v = v > splat(high) ? splat(high) : v;
-    }
-    return __builtin_expect(others, false) ? call(activation, v) : v;
-  }
-  __attribute__((noinline)) static Vec<T> call(const ActivationSpec& spec, Vec<T> v) {
-    activate_vectors<1, T>(spec, &v);
-    return v;
-  }
-};
-
-// Stores neighbouring outputs; `count` of them if that is not a vector.
-template <class S, class T = Compute<S>>
-DSCONV_INLINE void put_outputs(S* y, Vec<T> v, const Limits<T>& limits, int64_t count = kLanes<T>) {
-  v = limits.of(v);
-  if (count < kLanes<T>) {
-    store_part<S>(y, v, count);
-  } else if (kRoundsBf16<S> && has_avx512_bf16) {
-    store_bf16(y, v);
-  } else {
-    store_narrow(y, v);
-  }
-}
-
-// The even (kOdd: odd) lanes of two vectors side by side, in an order that takes one instruction: within pieces of 16 bytes.
-template <int kOdd, class T>
-DSCONV_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
-  constexpr int kPiece = 16 / sizeof(T), kHalf = kPiece / 2;
-  typename Lanes<T>::Places places;
-  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) {
-    constexpr int piece = l / kPiece * kPiece, place = l % kPiece;
-    places[l] = piece + 2 * (place % kHalf) + kOdd + (place < kHalf ? 0 : kLanes<T>);
-  });
-  return __builtin_shuffle(a, b, places);
-}
-// Where lane l of that would be in its proper order.
-template <class T>
-constexpr int proper_lane(int l) {
-  constexpr int kPiece = 16 / sizeof(T), kHalf = kPiece / 2;
-  return l / kPiece * kHalf + l % kHalf + (l % kPiece < kHalf ? 0 : kLanes<T> / 2);
-}
-template <class T>
-DSCONV_INLINE Vec<T> to_proper_order(Vec<T> v) {
-  typename Lanes<T>::Places places;
-  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) { places[proper_lane<T>(l)] = l; });
-  return __builtin_shuffle(v, places);
-}
-template <class T>
-DSCONV_INLINE Vec<T> from_proper_order(Vec<T> v) {
-  typename Lanes<T>::Places places;
-  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) { places[l] = proper_lane<T>(l); });
-  return __builtin_shuffle(v, places);
-}
-
-template <class T>
-void Lanes<T>::shuffle() {
-  mask = reinterpret_cast<Vec<Index>>(from_proper_order<T>(reinterpret_cast<Vec<T>>(mask)));
-  bits = 0;
-  for (int l = 0; l < kLanes<T>; ++l) bits |= mask[l] ? 1u << l : 0;
-}
-
-// Two vectors of a half type as one.
-template <class Half>
-DSCONV_INLINE Vec<uint32_t> side_by_side(Half low, Half high) {
-#if DSCONV_VECTOR_BYTES == 64
-  return reinterpret_cast<Vec<uint32_t>>(
-      _mm512_inserti64x4(_mm512_castsi256_si512(reinterpret_cast<__m256i>(low)), reinterpret_cast<__m256i>(high), 1));
-#elif DSCONV_VECTOR_BYTES == 32
-  return reinterpret_cast<Vec<uint32_t>>(
-      _mm256_set_m128i(reinterpret_cast<__m128i>(high), reinterpret_cast<__m128i>(low)));
-#else
-  Half both[2] = {low, high};
-  Vec<uint32_t> words;
-  memcpy(&words, both, sizeof words);
-  return words;
-#endif
-}
-// A word of two neighbouring columns of bfloat16 is nearly the odd one, and the even one shifted: no shuffle is needed.
-template <class S, int kStride>
-constexpr bool kInWords = kStride == 2 && kIsBFloat16<S>;
-// Do lanes have the order of every_second?
-template <class S, int kStride>
-constexpr bool kShuffles = kStride == 2 && !kInWords<S, kStride>;
-
-// Passes to `use` what neighbouring outputs pair with each tap of a row. `columns` loads vector i of the columns from that
-// of tap t on; a tap that is not a multiple of the stride has those of the one before it.
-template <class S, int kTaps, int kStride, class Columns, class Use>
-DSCONV_INLINE void for_taps(const Columns& columns, const Use& use) {
-  static_assert(kStride <= 2);
-  using T = Compute<S>;
-  Bits<S> part[kStride];
-  [[maybe_unused]] Vec<T> wide[kStride];
-  [[maybe_unused]] Vec<uint32_t> words;
-  unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-    if constexpr (t % kStride == 0) {
-      unroll<kStride>([&]<int i>() __attribute__((always_inline)) {
-        part[i] = columns.template operator()<t, i>();
-        if constexpr (!kInWords<S, kStride>) wide[i] = widened<S>(part[i]);
-      });
-      if constexpr (kInWords<S, kStride>) words = side_by_side(part[0], part[1]);
-    }
-    if constexpr (kStride == 1) {
-      use.template operator()<t>(wide[0]);
-    } else if constexpr (kInWords<S, kStride>) {
-      use.template operator()<t>(reinterpret_cast<Vec<T>>(t % 2 ? words & 0xffff0000u : words << 16));
-    } else {
-      use.template operator()<t>(every_second<t % 2, T>(wide[0], wide[1]));
-    }
-  });
-}
-
-// Strips that read no column outside the tensor, that do, and that do and have fewer outputs than a vector lanes.
-enum class Reach { inner, edge, narrow };
-
-// One vector's width of a plane. Columns are counted from the one that the strip's first output reads first.
-template <class T, int kTaps, int kStride>
-struct Strip {
-  int64_t first, count;  // outputs
-  int64_t dilation;      // columns between taps
-  Reach reach;
-  Lanes<T> weights[kTaps], columns[kTaps][kStride];
-
-  Strip(int64_t first, int64_t count, int64_t low, int64_t high, int64_t dilation)
-      : first(first), count(count), dilation(dilation) {
-    constexpr int kL = kLanes<T>;
-    const bool inner = low <= 0 && high >= (kTaps - 1) * dilation + kL * kStride;
-    reach = count < kL ? Reach::narrow : inner ? Reach::inner : Reach::edge;
-    for (int t = 0; t < kTaps; ++t) {
-      const int64_t from = low - t * dilation, to = high - t * dilation;
-      weights[t] = {ceil_div(from, kStride), ceil_div(to, kStride)};
-      for (int i = 0; i < kStride; ++i) columns[t][i] = {from - i * kL, to - i * kL};
-    }
-  }
-};
-
-// Neighbouring rows of outputs of one phase. Offsets are in elements from the planes; rows of the input are counted from
-// the one that the first output row reads first.
-struct Piece {
-  int64_t x, y;            // the column that output 0 reads first, in that row; output 0
-  int64_t x_next, y_next;  // what is fetched for later: as much as is read and written
-  int64_t x_row, y_row;    // between rows of taps, between rows of outputs
-  int64_t low, high;       // the rows inside the tensor
-  int64_t count;           // rows of outputs
-};
-
-// A plane of the input and one of the output.
-template <class S, class T = Compute<S>>
-struct Plane {
-  const S* x;
-  S* y;
-  const T* weights;  // [tap][lane] at the lane of its filter
-  T bias;
-  const Limits<T>& limits;
-};
-
-// The outputs of a strip in the rows of some pieces, one after the other.
-template <class S, int kTaps, int kStride, Reach kReach, class T = Compute<S>>
-static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece_count,
-                        const Strip<T, kTaps, kStride>& strip) {
-  constexpr int kL = kLanes<T>, kLive = (kTaps + kStride - 1) / kStride;
-  Vec<T> w[kTaps][kTaps], acc[kLive] = {};
-  unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
-    const Vec<T> weight = splat(plane.weights[i * kL]);
-    const Vec<T> inside = kReach != Reach::inner ? strip.weights[i % kTaps].of(weight) : weight;
-    w[i / kTaps][i % kTaps] = kShuffles<S, kStride> ? from_proper_order<T>(inside) : inside;
-  });
-  const Vec<T> bias = splat(plane.bias);
-  const int64_t dilation = strip.dilation;
-  const Limits<T> limits = plane.limits;
-  for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
-    const Piece& piece = *p;
-    const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
-    // Steps without conditions: a row of outputs is finished, and all rows lie in the tensor.
-    const int64_t steps = count + kLive - 1;
-    const int64_t from = max64(kLive - 1, ceil_div(max64(low, 0), kStride)),
-                  to = min64(steps, floor_div(high, kStride));
-    // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
-    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
-    const S* x = plane.x + piece.x + strip.first * kStride;
-    S* y = plane.y + piece.y + strip.first;
-    const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
-    const S* next_y = plane.y + piece.y_next + strip.first * count;
-    // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
-    const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      acc[k] = bias;
-      unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-        if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
-          const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
-            const S* at = x + t * dilation + i * kL;
-            if constexpr (kReach == Reach::inner) return load_bits_once(at);
-            return strip.columns[t][i].load(at);
-          };
-          for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
-            unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
-              constexpr int u = m * kStride + r;
-              if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
-            });
-          });
-        }
-        __builtin_prefetch(next_x, 0, 2);
-        next_x += kL * kStride;
-        x += x_row;
-      });
-      __builtin_prefetch(next_y, 1, 2);
-      next_y += kL;
-      if (kChecked && j < kLive - 1) return;
-      Vec<T> done = acc[(k + 1) % kLive];
-      if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
-      put_outputs<S>(y, done, limits, kReach == Reach::narrow && j >= whole ? strip.count : kL);
-      y += y_row;
-    };
-    const auto advance_one = [&]<bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      unroll<kLive - 1>([&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
-      advance.template operator()<kLive - 1, kChecked>(j);
-    };
-    int64_t j = 0;
-    for (; j < min64(from, steps); ++j) advance_one.template operator()<true>(j);
-    for (; j + kLive <= to; j += kLive)
-      unroll<kLive>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, false>(j + k); });
-    for (; j < to; ++j) advance_one.template operator()<false>(j);
-    for (; j < steps; ++j) advance_one.template operator()<true>(j);
-  }
-}
-
-// Output rows [top, bottom) of all phases, up to `most` in a piece; returns the number of pieces. Fetched are the
-// rows of the next piece, or of the next tile if phases take turns within this one.
-DSCONV_INLINE int64_t cut_rows(const Correlation& c, const View& from, const View& to, int64_t top, int64_t bottom,
-                               int64_t most, Piece* pieces) {
-  const int64_t first_column = c.phase(2, 0).in_first, phases = c.phases(1);
-  Piece* next = pieces;
-  int64_t done = 0;
-  for (int64_t i = 0; i < phases; ++i) {
-    const Phase y = c.phase(1, i);
-    const int64_t first = ceil_div(max64(top - i, 0), y.out_step);
-    const int64_t last = min64(y.count, ceil_div(max64(bottom - i, 0), y.out_step));
-    const int64_t cuts = ceil_div(last - first, most);
-    for (int64_t cut = 0; cut < cuts; ++cut, ++next) {
-      const int64_t n = first + (last - first) * cut / cuts, end = first + (last - first) * (cut + 1) / cuts;
-      const int64_t row = y.in_first + n * y.in_step;
-      const int64_t ahead = phases == 1 ? end : bottom + done;
-      *next = {row * from.stride[3] + first_column,
-               (y.out_first + n * y.out_step) * to.stride[3],
-               (y.in_first + ahead * y.apart) * from.stride[3] + first_column,
-               ahead * to.stride[3],
-               y.tap_step * from.stride[3],
-               y.out_step * to.stride[3],
-               ceil_of(-row, y.tap_step),
-               ceil_of(c.source()[1] - row, y.tap_step),
-               end - n};
-      done += end - n;
-    }
-  }
-  return next - pieces;
-}
-
-// Are rows of a half type as wide as Lanes wants them?
-template <class S>
-DSCONV_INLINE bool has_wide_rows(const Window& w) {
-  return kVectorBytes != 32 || sizeof(S) == sizeof(Compute<S>) || min64(w.in[2], w.out[2]) >= kLanes<Compute<S>>;
-}
 
 template <class S, bool kTransposed>
 struct Planes {
@@ -368,17 +26,19 @@ struct Planes {
     if (product(w.taps) > kChain) return "longer sums than this instruction set keeps in one chain";
     if (w.stride[1] != w.stride[2] || w.stride[1] > 2 || (w.stride[1] == 2 && product(w.dilation) != 1))
       return "strides other than 1, and 2 without dilation";
-    if (kTransposed && (w.stride[1] != 1 || p.multiplier != 1)) return "a gradient of strides or multipliers";
+    if (kTransposed && p.multiplier != 1) return "a gradient of multipliers";
+    if (kTransposed && w.stride[1] == 2 && w.pad[1] % 2 != w.pad[2] % 2) return "padding that is odd in one direction";
     if (!has_wide_rows<S>(w)) return "rows of a half type that are shorter than a vector";
     return nullptr;
   }
 
-  // Lanes without outputs, the weights with which every strip begins, and rows of outputs of every phase that are begun for
+  // Lanes without outputs (or cells of them), the weights with which every strip begins, and rows of outputs of every phase that are begun for
   // nothing (each as long as so many rows).
   static double part(const DepthwiseProblem& p) {
     constexpr double kWeights = 1, kBegun = 2;
     const int64_t* out = kTransposed ? p.window.in : p.window.out;
-    return filled_lanes<T>(out[2]) / (1 + (kWeights + kBegun * p.window.dilation[1]) / max64(out[1], 1));
+    const int64_t unit = kTransposed ? p.window.stride[1] : 1, rows = ceil_div(out[1], unit);
+    return filled_lanes<T>(ceil_div(out[2], unit)) / (1 + (kWeights + kBegun * p.window.dilation[1]) / max64(rows, 1));
   }
 
   // Of a plane, to be worked on at the same time.
@@ -396,36 +56,45 @@ struct Planes {
     if constexpr (kWidens<S>) {
       unroll<3>([&]<int i>() __attribute__((always_inline)) {
         constexpr int kTaps = 3 + 2 * i;
-        if (p.window.taps[1] != kTaps) return;
-        if (kTransposed || p.window.stride[1] == 1) return launch_strips<kTaps, 1>(p, runtime, workspace);
-        if constexpr (!kTransposed) launch_strips<kTaps, 2>(p, runtime, workspace);
+        const Window& w = p.window;
+        if (w.taps[1] != kTaps) return;
+        if (w.stride[1] == 1) return launch_strips<ByOutputs<S, kTaps, 1>>(p, runtime, workspace);
+        if constexpr (kTransposed) {
+          if (w.pad[1] % 2 == 0) return launch_strips<ByCells<S, kTaps, 0>>(p, runtime, workspace);
+          launch_strips<ByCells<S, kTaps, 1>>(p, runtime, workspace);
+        } else {
+          launch_strips<ByOutputs<S, kTaps, 2>>(p, runtime, workspace);
+        }
       });
     }
   }
 
-  template <int kTaps, int kStride>
+  template <class By>
   static void launch_strips(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
-    using StripOf = Strip<T, kTaps, kStride>;
+    using StripOf = typename By::StripOf;
     const View &from = kTransposed ? p.grad : p.x, &to = kTransposed ? p.grad_x : p.y;
     const Plan plan = Shared::plan_of(p);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = Shared::shared_row(p, plan, arena);
     const auto &in = plan.c.source(), &out = plan.c.target();
-    const int64_t first_column = plan.c.phase(2, 0).in_first, dilation = p.window.dilation[2];
-    const int64_t strip_count = ceil_div(out[2], kL);
+    const int64_t rows = ceil_div(out[1], By::kOutputs), columns = ceil_div(out[2], By::kOutputs);
+    const int64_t strip_count = ceil_div(columns, kL);
     StripOf* const strips = take<StripOf>(arena, strip_count);
     for (int64_t s = 0; s < strip_count; ++s) {
-      const int64_t first = max64(0, min64(s * kL, out[2] - kL)), at = first_column + first * kStride;
-      strips[s] = StripOf(first, min64(kL, out[2]), -at, in[2] - at, dilation);
+      const int64_t first = max64(0, min64(s * kL, columns - kL));
+      const int64_t at = By::first_column(plan.c) + first * By::kInputs;
+      strips[s] = StripOf(first, out[2], -at, in[2] - at, p.window.dilation[2]);
     }
     const int64_t per_plane = tiles(p, plan);
     Piece* const pieces = take<Piece>(arena, out[1]);
     int64_t* const ends = take<int64_t>(arena, per_plane + 1);  // of the pieces of each tile
     ends[0] = 0;
+    const int64_t row_bytes = max64(in[2] * By::kInputs, out[2] * By::kOutputs) * static_cast<int64_t>(sizeof(S));
+    const int64_t most = max64(kTileRows, kTileBytes / row_bytes);
     for (int64_t tile = 0; tile < per_plane; ++tile) {
-      const int64_t top = out[1] * tile / per_plane, bottom = out[1] * (tile + 1) / per_plane;
-      const int64_t rows = max64(kTileRows, kTileBytes / (in[2] * kStride * static_cast<int64_t>(sizeof(S))));
-      ends[tile + 1] = ends[tile] + cut_rows(plan.c, from, to, top, bottom, rows, pieces + ends[tile]);
+      const int64_t top = rows * tile / per_plane, bottom = rows * (tile + 1) / per_plane;
+      const int64_t count = By::cut_rows(plan.c, from, to, top, bottom, most, pieces + ends[tile]);
+      ends[tile + 1] = ends[tile] + count;
     }
 
     // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
@@ -448,9 +117,9 @@ struct Planes {
           for (int64_t s = 0; s < strip_count; ++s) {
             const StripOf& strip = strips[s];
             const Piece* first = pieces + i;
-            if (strip.reach == Reach::inner) plane_strip<S, kTaps, kStride, Reach::inner>(plane, first, count, strip);
-            if (strip.reach == Reach::edge) plane_strip<S, kTaps, kStride, Reach::edge>(plane, first, count, strip);
-            if (strip.reach == Reach::narrow) plane_strip<S, kTaps, kStride, Reach::narrow>(plane, first, count, strip);
+            if (strip.reach == Reach::inner) By::template run<Reach::inner>(plane, first, count, strip);
+            if (strip.reach == Reach::edge) By::template run<Reach::edge>(plane, first, count, strip);
+            if (strip.reach == Reach::narrow) By::template run<Reach::narrow>(plane, first, count, strip);
           }
         }
       }
