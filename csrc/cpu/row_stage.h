@@ -69,7 +69,26 @@ static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
 template <class S>
 struct RowCopy {
   using T = Compute<S>;
-  static constexpr int kL = kLanes<T>, kFew = kL / 4;  // columns that are not worth a transpose
+  static constexpr int kL = kLanes<T>;
+
+  // A block of at most kL rows of kL values, row(i) in memory, becomes to_rows rows of to_count values. What is not there
+  // is zero; a kWhole one has no conditions. (A function, lest the loops around it keep a pointer to every row.)
+  template <bool kWhole, class From, class To, class Row>
+  __attribute__((noinline)) static void turn(To* to, int64_t to_step, int64_t to_rows, int64_t to_count, const Row& row,
+                                             int64_t rows, int64_t count) {
+    Vec<T> block[kL];
+    unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+      block[i] = splat(T(0));
+      if (!kWhole && i >= rows) return;
+      block[i] = kWhole ? load_wide<From>(row(i)) : load_part<From>(row(i), count);
+    });
+    transpose<T>(block);
+    unroll<kL>([&]<int i>() __attribute__((always_inline)) {
+      if (!kWhole && i >= to_rows) return;
+      kWhole ? store_narrow<To>(to, block[i]) : store_part<To>(to, block[i], to_count);
+      to += to_step;
+    });
+  }
 
   static void gather(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
                      int64_t channel_stride, int64_t column_stride, int64_t width, int64_t ahead) {
@@ -96,28 +115,21 @@ struct RowCopy {
       for (int64_t w = 0; w < width; w += kL) {
         const int64_t columns = min64(kL, width - w);
         T* out = tile + w * lanes + l;
-        if (column_stride == 1 && columns > kFew) {
-          Vec<T> block[kL];
-          const S* next = channel(l) + w;
-          const auto load_rows = [&]<bool kWhole>() __attribute__((always_inline)) {
-            unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-              block[i] = splat(T(0));
-              if (i >= count) return;
-              if (!plain) next = channel(l + i) + w;
-              __builtin_prefetch(next + ahead, 0, 2);
-              block[i] = kWhole ? load_wide<S>(next) : load_part<S>(next, columns);
-              next += channel_stride;
-            });
+        if (column_stride == 1) {
+          const S* const first = channel(l) + w;
+          const auto spaced = [first, channel_stride, ahead](int64_t i) __attribute__((always_inline)) {
+            const S* const row = first + i * channel_stride;
+            __builtin_prefetch(row + ahead, 0, 2);
+            return row;
           };
-          if (columns == kL) {
-            load_rows.template operator()<true>();
+          const auto mapped = [&](int64_t i) { return channel(l + i) + w; };
+          if (!plain) {
+            turn<false, S>(out, lanes, columns, kL, mapped, count, columns);
+          } else if (count == kL && columns == kL) {
+            turn<true, S>(out, lanes, kL, kL, spaced, kL, kL);
           } else {
-            load_rows.template operator()<false>();
+            turn<false, S>(out, lanes, columns, kL, spaced, count, columns);
           }
-          transpose<T>(block);
-          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-            if (i < columns) store(out + i * lanes, block[i]);
-          });
         } else {
           for (int64_t i = 0; i < columns; ++i) {
             for (int k = 0; k < kL; ++k)
@@ -142,23 +154,12 @@ struct RowCopy {
         const int64_t columns = min64(kL, width - w);
         const T* in = tile + w * lanes + l;
         S* out = dst + l * channel_stride + w * column_stride;
-        if (column_stride == 1 && columns > kFew) {
-          Vec<T> block[kL];
-          unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-            block[i] = i < columns ? load(in + i * lanes) : splat(T(0));
-          });
-          transpose<T>(block);
-          const auto store_rows = [&]<bool kWhole>() __attribute__((always_inline)) {
-            unroll<kL>([&]<int k>() __attribute__((always_inline)) {
-              if (k >= channels) return;
-              kWhole ? store_narrow<S>(out, block[k]) : store_part<S>(out, block[k], columns);
-              out += channel_stride;
-            });
-          };
-          if (columns == kL) {
-            store_rows.template operator()<true>();
+        if (column_stride == 1) {
+          const auto row = [in, lanes](int64_t i) __attribute__((always_inline)) { return in + i * lanes; };
+          if (channels == kL && columns == kL) {
+            turn<true, T>(out, channel_stride, kL, kL, row, kL, kL);
           } else {
-            store_rows.template operator()<false>();
+            turn<false, T>(out, channel_stride, channels, columns, row, columns, kL);
           }
         } else {
           for (int64_t k = 0; k < channels; ++k) {

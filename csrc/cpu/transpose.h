@@ -54,26 +54,62 @@ struct IntOf<8> {
   typedef int64_t type;
 };
 
-// Rows become columns: blocks of 1, 2, 4 ... change places across the diagonal.
+// Lanes of two vectors: kFirst, kFirst + 1, ... of both in turn, kUnit neighbours at a time, within pieces of kPiece lanes.
+template <int kPiece, int kUnit, int kFirst, class T>
+DSCONV_INLINE Vec<T> zipped(Vec<T> a, Vec<T> b) {
+  Vec<typename IntOf<sizeof(T)>::type> places;
+  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) {
+    constexpr int unit = l % kPiece / kUnit, second = unit % 2 * kLanes<T>;
+    places[l] = second + l / kPiece * kPiece + kFirst + unit / 2 * kUnit + l % kUnit;
+  });
+  return __builtin_shuffle(a, b, places);
+}
+// Pieces of kPiece lanes of two vectors: kFirst, kFirst + kStep, ... of the first, then those of the second.
+template <int kPiece, int kFirst, int kStep, class T>
+DSCONV_INLINE Vec<T> joined(Vec<T> a, Vec<T> b) {
+  Vec<typename IntOf<sizeof(T)>::type> places;
+  constexpr int kHalf = kLanes<T> / kPiece / 2;  // pieces
+  unroll<kLanes<T>>([&]<int l>() __attribute__((always_inline)) {
+    constexpr int piece = l / kPiece;
+    places[l] = piece / kHalf * kLanes<T> + (kFirst + piece % kHalf * kStep) * kPiece + l % kPiece;
+  });
+  return __builtin_shuffle(a, b, places);
+}
+
+// Rows become columns: first in squares of 16 bytes, then these squares. Each step is one instruction that leaves its operands.
 template <class T>
 DSCONV_INLINE void transpose(Vec<T>* rows) {
-  constexpr int kL = kLanes<T>;
-  typedef typename IntOf<sizeof(T)>::type Index;
-  unroll<5>([&]<int level>() __attribute__((always_inline)) {
-    constexpr int s = 1 << level;
-    if constexpr (s < kL) {
-      Vec<Index> low, high;  // of two rows side by side
-      unroll<kL>([&]<int l>() __attribute__((always_inline)) {
-        low[l] = l & s ? kL + l - s : l;
-        high[l] = l & s ? kL + l : l + s;
-      });
-      unroll<kL>([&]<int i>() __attribute__((always_inline)) {
-        if constexpr ((i & s) == 0) {
-          const Vec<T> a = rows[i], b = rows[i + s];
-          rows[i] = __builtin_shuffle(a, b, low);
-          rows[i + s] = __builtin_shuffle(a, b, high);
-        }
-      });
+  constexpr int kL = kLanes<T>, kPiece = 16 / sizeof(T), kPieces = kL / kPiece;
+  unroll<kL / 2>([&]<int i>() __attribute__((always_inline)) {
+    const Vec<T> a = rows[2 * i], b = rows[2 * i + 1];
+    rows[2 * i] = zipped<kPiece, 1, 0, T>(a, b);
+    rows[2 * i + 1] = zipped<kPiece, 1, kPiece / 2, T>(a, b);
+  });
+  if constexpr (kPiece == 4) {
+    unroll<kL / 4>([&]<int i>() __attribute__((always_inline)) {
+      Vec<T>* const r = rows + 4 * i;
+      const Vec<T> a = r[0], b = r[1], c = r[2], d = r[3];
+      r[0] = zipped<kPiece, 2, 0, T>(a, c);
+      r[1] = zipped<kPiece, 2, 2, T>(a, c);
+      r[2] = zipped<kPiece, 2, 0, T>(b, d);
+      r[3] = zipped<kPiece, 2, 2, T>(b, d);
+    });
+  }
+  // Piece m of row q * kPiece + j is now what piece q of row m * kPiece + j is to be.
+  unroll<kPieces == 1 ? 0 : kPiece>([&]<int j>() __attribute__((always_inline)) {
+    Vec<T>* const r = rows + j;
+    if constexpr (kPieces == 2) {
+      const Vec<T> a = r[0], b = r[kPiece];
+      r[0] = joined<kPiece, 0, 1, T>(a, b);
+      r[kPiece] = joined<kPiece, 1, 1, T>(a, b);
+    } else {
+      const Vec<T> a = joined<kPiece, 0, 1, T>(r[0], r[kPiece]), b = joined<kPiece, 2, 1, T>(r[0], r[kPiece]);
+      const Vec<T> c = joined<kPiece, 0, 1, T>(r[2 * kPiece], r[3 * kPiece]);
+      const Vec<T> d = joined<kPiece, 2, 1, T>(r[2 * kPiece], r[3 * kPiece]);
+      r[0] = joined<kPiece, 0, 2, T>(a, c);
+      r[kPiece] = joined<kPiece, 1, 2, T>(a, c);
+      r[2 * kPiece] = joined<kPiece, 0, 2, T>(b, d);
+      r[3 * kPiece] = joined<kPiece, 1, 2, T>(b, d);
     }
   });
 }
