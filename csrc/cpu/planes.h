@@ -32,13 +32,15 @@ struct Planes {
     return nullptr;
   }
 
-  // Lanes without outputs (or cells of them), the weights with which every strip begins, and rows of outputs of every phase that are begun for
-  // nothing (each as long as so many rows).
+  // Lanes without outputs (or cells of them), the weights with which every strip begins, and rows of outputs of every phase
+  // that are begun for nothing (each as long as a row). With four lanes, edges are read one by one.
   static double part(const DepthwiseProblem& p) {
-    constexpr double kWeights = 1, kBegun = 2;
-    const int64_t* out = kTransposed ? p.window.in : p.window.out;
-    const int64_t unit = kTransposed ? p.window.stride[1] : 1, rows = ceil_div(out[1], unit);
-    return filled_lanes<T>(ceil_div(out[2], unit)) / (1 + (kWeights + kBegun * p.window.dilation[1]) / max64(rows, 1));
+    constexpr double kWeights = 1, kEdges = kVectorBytes == 16 ? 12 : 0;  // rows, strips
+    const Window& w = p.window;
+    const int64_t* out = kTransposed ? w.in : w.out;
+    const int64_t unit = kTransposed ? w.stride[1] : 1, rows = ceil_div(out[1], unit), columns = ceil_div(out[2], unit);
+    const int64_t begun = (w.taps[1] - 1) / w.stride[1] * w.dilation[1], strips = ceil_div(columns, kL);
+    return filled_lanes<T>(columns) / (1 + (kWeights + begun) / max64(rows, 1)) * strips / (strips + kEdges);
   }
 
   // Of a plane, to be worked on at the same time.

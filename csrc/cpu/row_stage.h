@@ -70,12 +70,16 @@ template <class S>
 struct RowCopy {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>;
+  static constexpr int kFew = kVectorBytes == 64 ? 0 : kL / 4;  // columns that are not worth a transpose
 
   // A block of at most kL rows of kL values, row(i) in memory, becomes to_rows rows of to_count values. What is not there
   // is zero; a kWhole one has no conditions. (A function, lest the loops around it keep a pointer to every row.)
   template <bool kWhole, class From, class To, class Row>
-  __attribute__((noinline)) static void turn(To* to, int64_t to_step, int64_t to_rows, int64_t to_count, const Row& row,
-                                             int64_t rows, int64_t count) {
+#if DSCONV_VECTOR_BYTES > 16
+  __attribute__((noinline))
+#endif
+  static void turn(To* to, int64_t to_step, int64_t to_rows, int64_t to_count, const Row& row, int64_t rows,
+                   int64_t count) {
     Vec<T> block[kL];
     unroll<kL>([&]<int i>() __attribute__((always_inline)) {
       block[i] = splat(T(0));
@@ -115,7 +119,7 @@ struct RowCopy {
       for (int64_t w = 0; w < width; w += kL) {
         const int64_t columns = min64(kL, width - w);
         T* out = tile + w * lanes + l;
-        if (column_stride == 1) {
+        if (column_stride == 1 && columns > kFew) {
           const S* const first = channel(l) + w;
           const auto spaced = [first, channel_stride, ahead](int64_t i) __attribute__((always_inline)) {
             const S* const row = first + i * channel_stride;
@@ -154,7 +158,7 @@ struct RowCopy {
         const int64_t columns = min64(kL, width - w);
         const T* in = tile + w * lanes + l;
         S* out = dst + l * channel_stride + w * column_stride;
-        if (column_stride == 1) {
+        if (column_stride == 1 && columns > kFew) {
           const auto row = [in, lanes](int64_t i) __attribute__((always_inline)) { return in + i * lanes; };
           if (channels == kL && columns == kL) {
             turn<true, T>(out, channel_stride, kL, kL, row, kL, kL);
@@ -234,14 +238,13 @@ static double filled_lanes(int64_t columns) {
 }
 
 // The part of a kernel's time that is arithmetic where columns of channels are turned out of contiguous inputs and outputs
-// (kTurn: multiply-adds in the time of that).
+// (`turn`: multiply-adds in the time of that).
 template <class T>
-static double part_of_turning(bool turns_in, bool turns_out, const Window& w) {
-  constexpr double kTurn = 5.5;
+static double part_of_turning(bool turns_in, bool turns_out, const Window& w, double turn) {
   const double taps = static_cast<double>(product(w.taps));
   const auto turned = [&](const int64_t (&size)[3]) {  // the work, in multiply-adds of each output
     const int64_t plane = size[1] * size[2], columns = plane <= kSmallPlane ? plane : size[2];
-    return kTurn * product(size) / filled_lanes<T>(max64(columns, kLanes<T> / 4)) / max64(product(w.out), 1);
+    return turn * product(size) / filled_lanes<T>(max64(columns, kLanes<T> / 4)) / max64(product(w.out), 1);
   };
   return taps / (taps + (turns_in ? turned(w.in) : 0) + (turns_out ? turned(w.out) : 0));
 }
