@@ -1,6 +1,7 @@
 """Depthwise convolution, forward and backward, by both judges: as chosen, and through every row of the kernel table."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ CELLS = (
     "dw n1c12h10w10k3s2d1p1m2 nhwc fp32",
     "dw n1c24t4h9w10k1x3x3s1x2x2d1p1x1x1 nhwc fp32",
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
+)
+
+# By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that are
+# cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, every kind of
+# activation.
+STRIPS = (
+    "dw n2c37h9w4k3s1d1p1 nhwc",
+    "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
+    "dw n1c33h1w9k3s1d1p1 nhwc bias=dw",
+    "dw n1c40h30w15k3s1d1p1 nhwc act=silu",
+    "dw n1c24h8w30k3s1d1p3x1 nhwc",
+    "dw n1c24h7w13k3s1d1p0 nhwc act=relu",
+    "dw n1c24h21w22k3s1d3p3 nhwc act=relu",
+    "dw n1c130h64w64k3s1d1p1 nhwc",
+    "dw n1c48h40w12k3s2d1p1 nhwc act=hardswish",
+    "dw n2c16h11w13k3s2d1p0:1x0:1 nhwc",
+    "dw n1c70h3w27k3s2d1p1 nhwc act=gelu",
+    "dw n1c24h13w13k3s2d2p2 nhwc",
+    "dw n1c24t3h9w10k1x3x3s1x1x1d1p1x1x1 nhwc",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
@@ -115,10 +135,10 @@ CONTIGUOUS_ROWS = [row["name"] for row in choices.rows() if "_planes_" in row["n
 
 def of_dtype(line: str, dtype: str) -> Case:
     """A case of one of these lists."""
-    return Case.parse(line.replace("sliced", f"sliced {dtype}").replace("nchw", f"nchw {dtype}"))
+    return Case.parse(re.sub(r"\b(nchw|nhwc|sliced)\b", rf"\1 {dtype}", line))
 
 
-# Columns of bfloat16 in pairs (accumulate_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
+# Columns of bfloat16 in pairs (for_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
 # each column of a pair outside, both or none, strides that begin a window with its second column, dilation, one row.
 PAIRED = (
     "dw n2c24h14w14k3s1d1p1 nhwc bf16 act=relu6",
@@ -159,6 +179,25 @@ def test_every_row(row, library):
 @choices.forced(*(row["name"] for row in choices.rows() if row["name"].startswith("depthwise_dgrad_rows_")))
 def test_gradient_by_cells(line):
     check_exact(Case.parse(line))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("line", STRIPS)
+def test_strips_of_columns(line, dtype):
+    check_exact(of_dtype(line, dtype))
+    check_accuracy(of_dtype(line, dtype))
+
+
+def test_outputs_in_the_place_of_inputs_in_a_page():
+    """Of all places of an output against its input, one has other kernels (`collide` in csrc/cpu/depthwise_rows.h)."""
+    shape, weight = (1, 9, 11, 256), torch.randint(-3, 4, (256, 1, 3, 3)).float()
+    values = torch.randint(-3, 4, shape).permute(0, 3, 1, 2).float()
+    expected = conv2d(values, weight, padding=1, groups=256)
+    storage = torch.empty(values.numel() + 256)
+    for offset in range(0, 256, 16):
+        x = storage[offset : offset + values.numel()].view(shape).permute(0, 3, 1, 2)
+        x.copy_(values)
+        assert torch.equal(F.depthwise_conv2d(x, weight, padding=1), expected)
 
 
 @pytest.mark.parametrize("line", PAIRED)

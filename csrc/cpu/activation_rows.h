@@ -40,6 +40,38 @@ DSCONV_INLINE void activate_vectors(ActivationSpec spec, Vec<T>* values) {
   unroll<kCount>([&]<int i>() __attribute__((always_inline)) { values[i] = load(memory + i * kLanes<T>); });
 }
 
+// An activation as limits where they make it. The others are a call, which keeps them out of the registers of the loop.
+template <class T>
+struct Limits {
+  const ActivationSpec& activation;
+  bool any, others;
+  T low, high;
+
+  explicit Limits(const ActivationSpec& spec)
+      : activation(spec), any(spec.kind == Activation::relu || spec.kind == Activation::relu6), low(0) {
+    others = spec.kind > Activation::relu6;
+    high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
+  }
+  template <int kCount>
+  __attribute__((always_inline)) void apply(Vec<T>* values) const {
+    if (any) {
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+        values[i] = at_most(at_least(values[i], splat(low)), splat(high));
+      });
+    }
+    if (__builtin_expect(others, false)) {
+      Vec<T> copy[kCount];  // the others' address is not taken
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { copy[i] = values[i]; });
+      call<kCount>(activation, copy);
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { values[i] = copy[i]; });
+    }
+  }
+  template <int kCount>
+  __attribute__((noinline)) static void call(const ActivationSpec& spec, Vec<T>* values) {
+    activate_vectors<kCount, T>(spec, values);
+  }
+};
+
 template <class T>
 static void mask_row(ActivationSpec spec, T* gradient, const T* saved, int64_t count) {
   with_activation(spec.kind, [&]<Activation kind>() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cell_blocks.h"
+#include "column_strips.h"
 #include "kernel_of.h"
 #include "phases.h"
 #include "row_blocks.h"
@@ -72,7 +73,8 @@ struct Rows {
     Delivery delivery;
     bool streamed, by_lines;
     bool fetches;                 // what blocks will read: where the cache is near, that costs more than it saves
-    const CellKernels<T>* cells;  // null, or what computes two rows of outputs of all phases at once
+    const CellKernels<T>* cells;    // null, or what computes two rows of outputs of all phases at once
+    const StripKernels<T>* strips;  // null, or what computes all rows of a task, a few columns at a time
   };
   static double part(const DepthwiseProblem& p) {
     const View &in = kTransposed ? p.grad_x : p.x, &out = kTransposed ? p.grad : p.y;  // of the convolution
@@ -137,11 +139,13 @@ struct Rows {
     plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 
     plan.cells = cells_of(p, plan);
+    plan.strips = strips_of(plan);
     const int64_t phases = plan.cells ? 1 : plan.c.phases(1);
     plan.pairs = ceil_div(ceil_div(target[1], phases), 2);
     plan.group = 1;
     if (plan.delivery == Delivery::rows && plan.streamed && phases == 1)
       plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
+    if (plan.strips) plan.group = strip_group(plan, p.batch * target[0] * min64(phases, target[1]), wanted);
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
     const int64_t ring = copied ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
@@ -149,7 +153,7 @@ struct Rows {
     plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
     int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
-    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks) shares = max64(shares, 2);  // equal ones for two threads
+    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks && wanted > 1) shares = max64(shares, 2);  // equal ones for two threads
     fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
@@ -171,6 +175,37 @@ struct Rows {
       if (plan.in.direct) return cell_kernels<S>(w.taps[1], w.pad[1] % 2);
     }
     return cell_kernels<T>(w.taps[1], w.pad[1] % 2);
+  }
+  // Strips want 3x3 windows in every phase.
+  static const StripKernels<T>* strips_of(const Plan& plan) {
+    if constexpr (!kWidens<S>) return nullptr;
+    const Correlation& c = plan.c;
+    const Phase y = c.phase(1, 0);
+    if (kTransposed && c.window.stride[1] * c.window.stride[2] > 1) return nullptr;  // phases have other windows
+    if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
+    if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
+    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart);
+    if (!kernels) return nullptr;
+    for (int64_t i = 0; i < c.phases(2); ++i) {
+      const Phase x = c.phase(2, i);
+      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(c.source()[2] - x.in_first, x.tap_step);
+      if (x.apart != y.apart || x.count < kernels->narrow) return nullptr;
+      if (low > 1 || (x.count - 1) * x.apart + x.taps - high > 1) return nullptr;
+    }
+    return kernels;
+  }
+  // Do inputs and outputs of many columns have the same place in a page? Processors then take a load for one of an output
+  // that is not stored yet, and strips load much more after they have stored than blocks do.
+  static bool collide(const View& from, const View& to) {
+    const int64_t column = from.stride[4] * static_cast<int64_t>(sizeof(S)), unit = min64(column & -column, 4096);
+    const auto apart = reinterpret_cast<uintptr_t>(to.data) - reinterpret_cast<uintptr_t>(from.data);
+    return unit >= 1024 && (apart + kBlockBytes - 1) % static_cast<uint64_t>(unit) < 2 * kBlockBytes - 1;
+  }
+  // Pairs of rows of outputs in a task: to cut channels costs nothing, so rows are cut only where that is not enough.
+  static int64_t strip_group(const Plan& plan, int64_t maps, int64_t wanted) {
+    constexpr int64_t kLeast = 4;  // pairs
+    const int64_t chunks = ceil_div(plan.blocks, 4 * kBlock<S> / kL), cuts = ceil_div(wanted, max64(maps * chunks, 1));
+    return max64(min64(plan.pairs, kLeast), ceil_div(plan.pairs, max64(cuts, 1)));
   }
   // The rows of outputs of phase `index`; with cells, all.
   static Phase output_rows(const Plan& plan, int64_t index) {
@@ -417,6 +452,31 @@ struct Rows {
       }
     }
 
+    // The same for all columns, by strips.
+    template <class Output>
+    void compute_strips(int64_t d, const Phase& y, int64_t n, int64_t count, Output* to, int64_t row_step,
+                        int64_t column) {
+      const auto& size = plan.c.source();
+      const Phase z = plan.c.phase(0, d % plan.c.phases(0));
+      const int64_t depth = z.in_first + d / z.out_step * z.in_step, h = y.in_first + n * y.in_step;
+      const int64_t low = ceil_of(-h, y.tap_step), high = ceil_of(size[1] - h, y.tap_step);
+      const bool inside = depth >= 0 && depth < size[0];
+      const View& from = in.view;
+      row.strip = {y.tap_step * from.stride[3], low, inside ? high : low, count};
+      row.y_row = row_step;
+      for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+        const Phase x = plan.c.phase(2, i);
+        row.x = in.at(depth * from.stride[2] + h * from.stride[3] + x.in_first * from.stride[4]);
+        row.y = to + x.out_first * column;
+        row.x_pixel = x.in_step * from.stride[4];
+        row.x_step = x.tap_step * from.stride[4];
+        row.y_pixel = x.out_step * column;
+        row.window.low = ceil_of(-x.in_first, x.tap_step);
+        row.window.high = ceil_of(size[2] - x.in_first, x.tap_step);
+        plan.strips->run(row, 0, x.count);
+      }
+    }
+
     // Rows [n, n + count) of outputs in depth d, of all phases.
     template <class Output>
     void compute_cells(int64_t d, int64_t n, int count, Output* to, int64_t row_step, int64_t column) {
@@ -476,6 +536,7 @@ struct Rows {
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
     Plan plan = plan_of(p);
+    if (collide(plan.in.view, to)) plan.strips = nullptr;
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = shared_row(p, plan, arena);
@@ -507,6 +568,10 @@ struct Rows {
         const int64_t width = plan.c.target()[2], row_step = y.out_step * to.stride[3];
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + first * y.out_step) * to.stride[3];
+        if (plan.strips) {
+          worker.compute_strips(d, y, first, last - first, target, row_step, to.stride[4]);
+          continue;
+        }
         for (int64_t n = first; n < last; n += 2) {
           const auto compute = [&](auto* to, int64_t row_step, int64_t column) {
             const int rows = static_cast<int>(min64(2, last - n));
@@ -517,7 +582,7 @@ struct Rows {
             T* row = outputs + (n - first) * width * plan.chunk - worker.in.base;
             compute(row, width * plan.chunk, plan.chunk);
           } else {
-            compute(target, row_step, to.stride[4]);
+            compute(target + (n - first) * row_step, row_step, to.stride[4]);
           }
         }
         if (plan.delivery == Delivery::rows) {

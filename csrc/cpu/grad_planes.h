@@ -52,15 +52,12 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
     const Piece& piece = *p;
     const int64_t low = piece.low - kFirst, high = piece.high - kFirst, count = piece.count;
     const int64_t x_row = piece.x_row, grad_row = piece.y_row;
-    // Steps without conditions: all rows of gradients are there, and those of the input lie in the tensor.
-    const int64_t steps = count + kLive - 1;
-    const int64_t from = max64(kLive - 1, ceil_div(max64(low, 0), kStride)),
-                  to = min64(count, floor_div(high, kStride));
+    const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
     const S* x = planes.x + piece.x + strip.first * kStride + kFirst * x_row;
     const S* grad = planes.grad + piece.y + strip.first;
-    // Row j of the gradients begins, in live[k], and row j - kLive + 1 ends.
-    const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      if (!kChecked || j < count) {
+    // As go_down says: row j of the gradients begins, in live[k], and row j - kLive + 1 ends.
+    const auto advance = [&]<int k, int kBegin, int kEnd, bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      if (kBegin == 0 && (!kChecked || j < count)) {
         const Vec<T> g = widened<S>(kInner ? load_bits_once(grad) : strip.outputs.load(grad));
         live[k] = kShuffles<S, kStride> ? from_proper_order<T>(g) : g;
         if constexpr (kFirst == 0) {
@@ -80,8 +77,8 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
           for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
             unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
               constexpr int u = m * kStride + r;
-              if constexpr (u < kRows) {
-                if (kChecked && (j < m || j - m >= count)) return;
+              if constexpr (m >= kBegin && m < kEnd && u < kRows) {
+                if (kChecked && kEnd - kBegin == kLive && (j < m || j - m >= count)) return;  // does the row exist?
                 Vec<T>& to = sum[u * kTaps + t];
                 const Vec<T> g = live[(k + kLive - m) % kLive];
                 to = kInner ? to + value * g : strip.inside[t].add_product(to, value, g);
@@ -96,7 +93,7 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
         x += x_row;
       });
     };
-    go_down<kLive>(steps, from, to, advance, [&]<int i>() __attribute__((always_inline)) { live[i] = live[i + 1]; });
+    go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) { live[i] = live[i + 1]; });
   }
   unroll<kRows * kTaps>([&]<int i>() __attribute__((always_inline)) { sums[kFirst * kTaps + i] = sum[i]; });
   if constexpr (kFirst == 0) sums[kTaps * kTaps] += bias;

@@ -44,9 +44,7 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low, high = piece.high, rows = piece.count, x_row = piece.x_row, y_row = piece.y_row;
-    // Steps without conditions: a row of cells is finished, and all rows of gradients lie in the tensor.
-    const int64_t steps = ceil_div(rows, 2) + kLive - 1;
-    const int64_t from = max64(kLive - 1, low), to = min64(steps, high);
+    const int64_t cells = ceil_div(rows, 2), from = low, to = min64(cells, high);  // without checks
     // Rows of outputs shorter than two vectors are stored as such where later rows write anew what is too much.
     const int64_t whole = kReach != Reach::narrow || y_row != strip.width ? 0 : rows - (2 * kL - 1) / strip.width;
     const S* x = plane.x + piece.x + strip.first;
@@ -64,16 +62,18 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
       }
       y += y_row;
     };
-    // Row j of the cells begins, in accumulators k, and row j - kLive + 1 ends.
-    const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      unroll<4>([&]<int i>() __attribute__((always_inline)) { acc[k][i] = splat(T(0)); });
+    // As go_down says: row j of the cells begins, in accumulators k, and row j - kLive + 1 ends.
+    const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      if constexpr (kFirst == 0)
+        unroll<4>([&]<int i>() __attribute__((always_inline)) { acc[k][i] = splat(T(0)); });
       if (!kChecked || (j >= low && j < high)) {
         unroll<Taps::kInputs>([&]<int i>() __attribute__((always_inline)) {
           const S* at = x + i;
           const Vec<T> value = widened<S>(kReach == Reach::inner ? load_bits_once(at) : strip.columns[i][0].load(at));
           unroll<kLive * 4>([&]<int n>() __attribute__((always_inline)) {
             constexpr int m = n / 4, ty = Taps::tap(n / 2 % 2, m), tx = Taps::tap(n % 2, i);
-            if constexpr (ty >= 0 && tx >= 0) acc[(k + kLive - m) % kLive][n % 4] += value * w[ty][tx];
+            if constexpr (m >= kFirst && m < kLast && ty >= 0 && tx >= 0)
+              acc[(k + kLive - m) % kLive][n % 4] += value * w[ty][tx];
           });
         });
       }
@@ -83,12 +83,12 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
       unroll<4>([&]<int i>() __attribute__((always_inline)) { __builtin_prefetch(next_y + i * kL, 1, 2); });
       next_y += 4 * kL;
       const int64_t row = 2 * (j - kLive + 1);
-      if (kChecked && row < 0) return;
+      if (kLast < kLive || (kChecked && row < 0)) return;
       const Vec<T>* done = acc[(k + 1) % kLive];
       put.template operator()<0>(done, row);
       if (row + 1 < rows) put.template operator()<1>(done, row + 1);
     };
-    go_down<kLive>(steps, from, to, advance, [&]<int i>() __attribute__((always_inline)) {
+    go_down<kLive>(cells, from, to, advance, [&]<int i>() __attribute__((always_inline)) {
       unroll<4>([&]<int n>() __attribute__((always_inline)) { acc[i][n] = acc[i + 1][n]; });
     });
   }

@@ -76,35 +76,10 @@ struct Lanes {
   }
 };
 
-// An activation as limits where they make it. The others are a call, which keeps them out of the registers of the loop.
-template <class T>
-struct Limits {
-  const ActivationSpec& activation;
-  bool any, others;
-  T low, high;
-
-  explicit Limits(const ActivationSpec& spec)
-      : activation(spec), any(spec.kind == Activation::relu || spec.kind == Activation::relu6), low(0) {
-    others = spec.kind > Activation::relu6;
-    high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
-  }
-  __attribute__((always_inline)) Vec<T> of(Vec<T> v) const {
-    if (any) {
-      v = at_least(v, splat(low));
-      v = at_most(v, splat(high));
-    }
-    return __builtin_expect(others, false) ? call(activation, v) : v;
-  }
-  __attribute__((noinline)) static Vec<T> call(const ActivationSpec& spec, Vec<T> v) {
-    activate_vectors<1, T>(spec, &v);
-    return v;
-  }
-};
-
 // Stores neighbouring outputs; `count` of them if that is not a vector.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void put_outputs(S* y, Vec<T> v, const Limits<T>& limits, int64_t count = kLanes<T>) {
-  v = limits.of(v);
+  limits.template apply<1>(&v);
   if (count < kLanes<T>) {
     store_part<S>(y, v, count);
   } else if (kRoundsBf16<S> && has_avx512_bf16) {
@@ -246,22 +221,6 @@ struct Plane {
   const Limits<T>& limits;
 };
 
-// Calls advance<k, checked>(j) for every step j of a strip, unchecked from `from` to `to`. Each has one of kLive places in
-// registers, k, in turn, or the last one, after move_up<i>() has filled all others i from the one after them.
-template <int kLive, class Advance, class MoveUp>
-DSCONV_INLINE void go_down(int64_t steps, int64_t from, int64_t to, const Advance& advance, const MoveUp& move_up) {
-  const auto advance_one = [&]<bool kChecked>(int64_t j) __attribute__((always_inline)) {
-    unroll<kLive - 1>(move_up);
-    advance.template operator()<kLive - 1, kChecked>(j);
-  };
-  int64_t j = 0;
-  for (; j < min64(from, steps); ++j) advance_one.template operator()<true>(j);
-  for (; j + kLive <= to; j += kLive)
-    unroll<kLive>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, false>(j + k); });
-  for (; j < to; ++j) advance_one.template operator()<false>(j);
-  for (; j < steps; ++j) advance_one.template operator()<true>(j);
-}
-
 // The outputs of a strip in the rows of some pieces, one after the other.
 template <class S, int kTaps, int kStride, Reach kReach, class T = Compute<S>>
 static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece_count,
@@ -279,19 +238,16 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
-    // Steps without conditions: a row of outputs is finished, and all rows lie in the tensor.
-    const int64_t steps = count + kLive - 1;
-    const int64_t from = max64(kLive - 1, ceil_div(max64(low, 0), kStride)),
-                  to = min64(steps, floor_div(high, kStride));
+    const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
     // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
-    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
+    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = count + kLive - 1 - spilled;
     const S* x = plane.x + piece.x + strip.first * kStride;
     S* y = plane.y + piece.y + strip.first;
     const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
     const S* next_y = plane.y + piece.y_next + strip.first * count;
-    // Row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
-    const auto advance = [&]<int k, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      acc[k] = bias;
+    // As go_down says: row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
+    const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      if constexpr (kFirst == 0) acc[k] = bias;
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
@@ -302,7 +258,7 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
           for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
             unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
               constexpr int u = m * kStride + r;
-              if constexpr (u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
+              if constexpr (m >= kFirst && m < kLast && u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
             });
           });
         }
@@ -312,13 +268,13 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
       });
       __builtin_prefetch(next_y, 1, 2);
       next_y += kL;
-      if (kChecked && j < kLive - 1) return;
+      if (kLast < kLive || (kChecked && j < kLive - 1)) return;
       Vec<T> done = acc[(k + 1) % kLive];
       if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
       put_outputs<S>(y, done, limits, kReach == Reach::narrow && j >= whole ? strip.count : kL);
       y += y_row;
     };
-    go_down<kLive>(steps, from, to, advance, [&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
+    go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
   }
 }
 

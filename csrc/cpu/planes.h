@@ -32,15 +32,15 @@ struct Planes {
     return nullptr;
   }
 
-  // Lanes without outputs (or cells of them), the weights with which every strip begins, and rows of outputs of every phase
-  // that are begun for nothing (each as long as a row). With four lanes, edges are read one by one.
+  // Lanes without outputs (or cells of them), and what every strip begins and ends with (in multiply-adds). With four lanes,
+  // edges are read one by one.
   static double part(const DepthwiseProblem& p) {
-    constexpr double kWeights = 1, kEdges = kVectorBytes == 16 ? 12 : 0;  // rows, strips
+    constexpr double kStrip = 85, kEdges = kVectorBytes == 16 ? 12 : 0;  // kEdges: strips
     const Window& w = p.window;
     const int64_t* out = kTransposed ? w.in : w.out;
     const int64_t unit = kTransposed ? w.stride[1] : 1, rows = ceil_div(out[1], unit), columns = ceil_div(out[2], unit);
-    const int64_t begun = (w.taps[1] - 1) / w.stride[1] * w.dilation[1], strips = ceil_div(columns, kL);
-    return filled_lanes<T>(columns) / (1 + (kWeights + begun) / max64(rows, 1)) * strips / (strips + kEdges);
+    const int64_t strips = ceil_div(columns, kL), products = product(w.taps) * max64(rows, 1);
+    return filled_lanes<T>(columns) / (1 + kStrip / products) * strips / (strips + kEdges);
   }
 
   // Of a plane, to be worked on at the same time.
@@ -101,7 +101,7 @@ struct Planes {
 
     // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
     // weights.
-    const int64_t together = plan.y_phases > 1 ? out[1] : 1;
+    const int64_t together = p.window.dilation[1] > 1 ? out[1] : 1;
     const Limits<T> limits(shared.activation);
     const int64_t channels = plan.channels, tasks = p.batch * channels * per_plane;
     const int64_t multiplier = kTransposed ? 1 : p.multiplier;

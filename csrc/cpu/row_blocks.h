@@ -42,6 +42,14 @@ struct WindowRows {
   int64_t low, high;  // as in Segment
 };
 
+// The rows of column_strips.h, where x is in the first row of the input that the first row of outputs reads; rows of the
+// input are counted from that one.
+struct StripRows {
+  int64_t x_row;      // elements between rows of taps
+  int64_t low, high;  // the rows inside the tensor
+  int64_t count;      // rows of outputs, y_row apart
+};
+
 // Rows of the input that lie further away than a cache, as offsets; none where fetching does not pay.
 struct FreshRows {
   const int64_t* x;
@@ -78,6 +86,7 @@ struct BlockRow {
   FreshRows fresh[2];  // rows that nothing has read before these outputs, and before those of the next rows
   T* total;            // scratch: the sums of the groups so far, where there are several
   WindowRows window;
+  StripRows strip;
 };
 
 // Are there block kernels that read S? Without instructions that widen half types, rows are widened once, in the ring.
@@ -172,19 +181,16 @@ struct PairedTaps {
   }
 };
 
-// Accumulates a row of the input, whose column `c` lies at at.operator()<c>(), for two rows of outputs or for one of them.
-// Taps of an output that fill no pair are multiplied alone: a value outside its window could be infinite.
-template <class S, int kTaps, int kStride, bool kFirst, bool kSecond, int kPixels, bool kEdge, class At>
-DSCONV_INLINE void accumulate_pairs(Vec<float>* first, Vec<float>* second, At at, const PairedTaps<kTaps>& first_taps,
-                                    const PairedTaps<kTaps>& second_taps, uint64_t inside) {
+// Passes to `one` and `two` what each output of a row meets in a row of the input, whose column `c` lies at
+// at.operator()<c>(): one<p, t>(value) is for tap t of output p, two<p, t>(pair) for taps t and t + 1. Taps of an output that
+// fill no pair are passed alone: a value outside its window could be infinite.
+template <class S, int kTaps, int kStride, int kPixels, bool kEdge, class At, class One, class Two>
+DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, const Two& two) {
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
   const auto alone = [&]<int column>(Vec<float> value) __attribute__((always_inline)) {
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
       constexpr int t = column - p * kStride;
-      if constexpr (t >= 0 && t < kTaps) {
-        if constexpr (kFirst) first[p] += value * first_taps.tap[t];
-        if constexpr (kSecond) second[p] += value * second_taps.tap[t];
-      }
+      if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t>(value);
     });
   };
   unroll<ceil_div(kColumns, 2)>([&]<int i>() __attribute__((always_inline)) {
@@ -202,17 +208,29 @@ DSCONV_INLINE void accumulate_pairs(Vec<float>* first, Vec<float>* second, At at
       const Vec<float> both = load_pair<S>(at.template operator()<column>(), at.template operator()<next>());
       unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
         constexpr int t = column - p * kStride;
-        if constexpr (t >= 0 && t + 1 < kTaps) {
-          if constexpr (kFirst) multiply_pairs(first[p], both, first_taps.pair[t]);
-          if constexpr (kSecond) multiply_pairs(second[p], both, second_taps.pair[t]);
-        } else if constexpr (t == -1 || t + 1 == kTaps) {
-          const Vec<float> value = t == -1 ? second_of(both) : first_of(both);
-          if constexpr (kFirst) first[p] += value * first_taps.tap[max64(t, 0)];
-          if constexpr (kSecond) second[p] += value * second_taps.tap[max64(t, 0)];
-        }
+        if constexpr (t >= 0 && t + 1 < kTaps) two.template operator()<p, t>(both);
+        if constexpr (t == -1) one.template operator()<p, 0>(second_of(both));
+        if constexpr (t + 1 == kTaps) one.template operator()<p, t>(first_of(both));
       });
     }
   });
+}
+
+// Accumulates such a row for two rows of outputs or for one of them.
+template <class S, int kTaps, int kStride, bool kFirst, bool kSecond, int kPixels, bool kEdge, class At>
+DSCONV_INLINE void accumulate_pairs(Vec<float>* first, Vec<float>* second, const At& at,
+                                    const PairedTaps<kTaps>& first_taps, const PairedTaps<kTaps>& second_taps,
+                                    uint64_t inside) {
+  for_pairs<S, kTaps, kStride, kPixels, kEdge>(
+      at, inside,
+      [&]<int p, int t>(Vec<float> value) __attribute__((always_inline)) {
+        if constexpr (kFirst) first[p] += value * first_taps.tap[t];
+        if constexpr (kSecond) second[p] += value * second_taps.tap[t];
+      },
+      [&]<int p, int t>(Vec<float> pair) __attribute__((always_inline)) {
+        if constexpr (kFirst) multiply_pairs(first[p], pair, first_taps.pair[t]);
+        if constexpr (kSecond) multiply_pairs(second[p], pair, second_taps.pair[t]);
+      });
 }
 
 // Accumulates the kTaps taps of a segment for kRows rows. `inside` has a bit for every column that lies in the tensor.

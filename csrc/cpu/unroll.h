@@ -20,7 +20,7 @@ using Range = Indices<__integer_pack(count)...>;
 #endif
 
 template <int... values, class Fn>
-DSCONV_INLINE constexpr void for_indices(Indices<values...>, Fn fn) {
+DSCONV_INLINE constexpr void for_indices(Indices<values...>, [[maybe_unused]] Fn fn) {
   (fn.template operator()<values>(), ...);
 }
 
@@ -28,6 +28,38 @@ DSCONV_INLINE constexpr void for_indices(Indices<values...>, Fn fn) {
 template <int count, class Fn>
 DSCONV_INLINE constexpr void unroll(Fn fn) {
   for_indices(Range<count>{}, fn);
+}
+
+// Goes down `count` rows, of which kLive are in work at a time: step j begins row j, works on rows j - m for m = 0 ..
+// kLive - 1, and ends row j - kLive + 1; the last steps begin none. Calls advance<k, first, last, checked>(j) for each step,
+// whose rows are those with m in [first, last), row j - m in place (k - m) modulo kLive in registers; steps in [from, to)
+// are not checked. move_up<i>() fills place i from the one after it. With fewer than kLive - 1 rows, some of those that a
+// step works on do not exist.
+template <int kLive, class Advance, class MoveUp>
+DSCONV_INLINE void go_down(int64_t count, int64_t from, int64_t to, const Advance& advance, const MoveUp& move_up) {
+  constexpr int kNew = kLive - 1;
+  const bool few = count < kNew;
+  const int64_t end = few ? count + kNew : count;
+  int64_t j = 0;
+  if (!few) {
+    unroll<kNew>([&]<int k>() __attribute__((always_inline)) { advance.template operator()<k, 0, k + 1, true>(k); });
+    j = kNew;
+  }
+  while (j < end) {
+    if (!few && j >= from && j + kLive <= to) {
+      unroll<kLive>([&]<int i>() __attribute__((always_inline)) {
+        advance.template operator()<(kNew + i) % kLive, 0, kLive, false>(j + i);
+      });
+      j += kLive;
+    } else {
+      advance.template operator()<kNew, 0, kLive, true>(j++);
+      unroll<kNew>(move_up);
+    }
+  }
+  if (few) return;
+  unroll<kNew>([&]<int i>() __attribute__((always_inline)) {
+    advance.template operator()<(kNew + i) % kLive, i + 1, kLive, true>(count + i);
+  });
 }
 
 }  // namespace dsconv::cpu::DSCONV_ISA

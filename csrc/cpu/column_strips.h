@@ -1,0 +1,127 @@
+// Strips of columns of channels_last tensors, for 3x3 windows of stride 1 and 2.
+//
+// A strip of a few columns goes down the rows, a vector of channels at a time: each input vector is loaded once and
+// multiplied into the outputs of all rows whose windows hold it, which are kept in registers until their last row has come.
+// The taps are loaded once for all rows. (A block of two rows, as in row_blocks.h, reads an input twice as often and the
+// taps for every two rows.) The sums are the same to the bit.
+#pragma once
+
+#include "row_blocks.h"
+
+namespace dsconv::cpu::DSCONV_ISA {
+
+// Outputs [pixel, pixel + kPixels) in all rows of `row.strip`, all channels. Of the columns that it reads, none but the
+// first and the last may lie outside the tensor.
+template <class S, int kTaps, int kStride, int kPixels, class T = Compute<S>>
+static void column_strip(const BlockRow<T>& row, int64_t pixel) {
+  constexpr int kL = kLanes<T>, kLive = ceil_div(kTaps, kStride), kColumns = (kPixels - 1) * kStride + kTaps;
+  const StripRows rows = row.strip;
+  const int64_t low = rows.low, high = rows.high, count = rows.count;
+  const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
+  const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
+  const int64_t step = row.x_step * static_cast<int64_t>(sizeof(S)), last = row.last, y_row = row.y_row;
+  const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
+  const BlockOutputs<S> out(row, pixel, kPixels);
+  const Limits<T> limits(row.activation);
+  const T* weights = row.weights + row.first / kL * row.weight_block;
+  for (int64_t next = row.first; next < last; next += kL, weights += row.weight_block) {
+    const int64_t c = block_channel<T>(next, row.channels);
+    const char* x = reinterpret_cast<const char*>(columns + c);
+    int64_t y = c;
+    Vec<T> w[kTaps][kTaps], acc[kLive][kPixels] = {};
+    [[maybe_unused]] PairedTaps<kTaps> paired[kTaps];
+    unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int u = i / kTaps, t = i % kTaps;
+      w[u][t] = load_once(weights + i * kL);
+      if constexpr (kIsPaired<S>) paired[u].set(t, w[u][t]);
+    });
+    const Vec<T> bias = load(row.bias + c);
+    // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
+    const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
+      if constexpr (kFirst == 0)
+        unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[k][p] = bias; });
+      unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
+        // Passes to `use` the accumulator of output p in every row that meets this one, and the row of taps.
+        const auto meet = [&]<int p, class Use>(const Use& use) __attribute__((always_inline)) {
+          unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
+            constexpr int u = m * kStride + r;
+            if constexpr (m >= kFirst && m < kLast && u < kTaps)
+              use.template operator()<u>(acc[(k + kLive - m) % kLive][p]);
+          });
+        };
+        const auto one = [&]<int p, int t>(Vec<T> value) __attribute__((always_inline)) {
+          meet.template operator()<p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) { to += value * w[u][t]; });
+        };
+        if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
+          if constexpr (kIsPaired<S>) {
+            const auto at = [&]<int column>() __attribute__((always_inline)) {
+              return reinterpret_cast<const S*>(x + column * step);
+            };
+            const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
+              meet.template operator()<p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
+                multiply_pairs(to, pair, paired[u].pair[t]);
+              });
+            };
+            for_pairs<S, kTaps, kStride, kPixels, true>(at, inside, one, two);
+          } else {
+            const char* at[kColumns / 3 + 1];
+            at[0] = x;
+            unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
+              if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
+              if ((column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
+              const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
+              unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+                constexpr int t = column - p * kStride;
+                if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t>(value);
+              });
+            });
+          }
+        }
+        x += rows.x_row * static_cast<int64_t>(sizeof(S));
+      });
+      if (kLast < kLive || (kChecked && j < kLive - 1)) return;
+      Vec<T>(&done)[kPixels] = acc[(k + 1) % kLive];
+      limits.template apply<kPixels>(done);
+      out.template write<kPixels>(done, [&]<int p>() __attribute__((always_inline)) { return y + p * out.pixel; });
+      y += y_row;
+    };
+    go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) {
+      unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[i][p] = acc[i + 1][p]; });
+    });
+  }
+}
+
+// The strips of one number of taps and one stride, by pixels.
+template <class T>
+struct StripKernels {
+  using Strip = void (*)(const BlockRow<T>&, int64_t pixel);
+  static constexpr int kMost = 7;
+  int taps, stride;
+  int narrow, wide;  // of which any number of columns can be made that is not less than `narrow`
+  Strip strips[kMost + 1];
+
+  template <class S, int kTaps, int kStride>
+  static constexpr StripKernels make() {
+    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost, kNarrow = (kWide + 1) / 2;  // registers for the taps
+    StripKernels k{kTaps, kStride, kNarrow, kWide, {}};
+    unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
+      if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, i>;
+    });
+    return k;
+  }
+
+  // Computes outputs [begin, end), in strips of nearly the same width.
+  void run(const BlockRow<T>& row, int64_t begin, int64_t end) const {
+    const int64_t count = ceil_div(end - begin, wide);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = begin + (end - begin) * i / count, last = begin + (end - begin) * (i + 1) / count;
+      strips[last - first](row, first);
+    }
+  }
+};
+
+// Those that read S, or null. Defined in block_kernels.inc.
+template <class S>
+const StripKernels<Compute<S>>* strip_kernels(int64_t taps, int64_t stride);
+
+}  // namespace dsconv::cpu::DSCONV_ISA
