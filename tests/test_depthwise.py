@@ -47,9 +47,9 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that are
-# cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, every kind of
-# activation.
+# By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that
+# are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, every kind of
+# activation, a tensor that would go past the caches by blocks (kStripBytes).
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
@@ -64,6 +64,7 @@ STRIPS = (
     "dw n1c70h3w27k3s2d1p1 nhwc act=gelu",
     "dw n1c24h13w13k3s2d2p2 nhwc",
     "dw n1c24t3h9w10k1x3x3s1x1x1d1p1x1x1 nhwc",
+    "dw n2c128h64w72k3s1d1p1 nhwc",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on

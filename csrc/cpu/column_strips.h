@@ -38,8 +38,7 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
     const Vec<T> bias = load(row.bias + c);
     // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      if constexpr (kFirst == 0)
-        unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[k][p] = bias; });
+      if constexpr (kFirst == 0) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[k][p] = bias; });
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
         // Passes to `use` the accumulator of output p in every row that meets this one, and the row of taps.
         const auto meet = [&]<int p, class Use>(const Use& use) __attribute__((always_inline)) {
@@ -102,7 +101,8 @@ struct StripKernels {
 
   template <class S, int kTaps, int kStride>
   static constexpr StripKernels make() {
-    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost, kNarrow = (kWide + 1) / 2;  // registers for the taps
+    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost,
+                  kNarrow = (kWide + 1) / 2;  // registers for the taps
     StripKernels k{kTaps, kStride, kNarrow, kWide, {}};
     unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
       if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, i>;

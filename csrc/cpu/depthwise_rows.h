@@ -41,6 +41,10 @@ enum class Delivery { direct, staged, rows };
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
 constexpr int64_t kRunBytes = 1024;
 
+// Of tensors up to this size, strips are faster when their outputs stay in the last-level cache than blocks are when theirs
+// go past it (kStreamedBytes).
+constexpr int64_t kStripBytes = 13 << 20;
+
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
 // Moves the outputs of a block on (BlockRow::put).
@@ -72,7 +76,7 @@ struct Rows {
     RowStage<S> in;
     Delivery delivery;
     bool streamed, by_lines;
-    bool fetches;                 // what blocks will read: where the cache is near, that costs more than it saves
+    bool fetches;                   // what blocks will read: where the cache is near, that costs more than it saves
     const CellKernels<T>* cells;    // null, or what computes two rows of outputs of all phases at once
     const StripKernels<T>* strips;  // null, or what computes all rows of a task, a few columns at a time
   };
@@ -92,10 +96,16 @@ struct Rows {
     return kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
   }
   static Plan plan_of(const DepthwiseProblem& p) {
+    if (is_large<S>(p) && !is_large<S>(p, kStripBytes)) {
+      const Plan plan = plan_of(p, false);
+      if (plan.strips) return plan;
+    }
+    return plan_of(p, kStreams && is_large<S>(p));
+  }
+  static Plan plan_of(const DepthwiseProblem& p, bool streamed) {
     const View& to = kTransposed ? p.grad_x : p.y;
     const ChannelMap map = output_map(p);
     const int64_t wanted = wanted_tasks(2 * depthwise_flops(p), kTasks);
-    const bool streamed = kStreams && is_large<S>(p);
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, wanted);
     if (!RowStage<S>::is_plain(to, map) || !(narrows(p) || sizeof(S) == sizeof(T)))
       return plan_of(p, Delivery::staged, streamed, wanted);
@@ -153,7 +163,8 @@ struct Rows {
     plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
     int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
-    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks && wanted > 1) shares = max64(shares, 2);  // equal ones for two threads
+    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks && wanted > 1)
+      shares = max64(shares, 2);  // equal ones for two threads
     fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
@@ -195,11 +206,13 @@ struct Rows {
     return kernels;
   }
   // Do inputs and outputs of many columns have the same place in a page? Processors then take a load for one of an output
-  // that is not stored yet, and strips load much more after they have stored than blocks do.
+  // that is not stored yet, and strips load much more after they have stored than blocks do. (Those of pairs of columns give
+  // other bits, which must not depend on a place.)
   static bool collide(const View& from, const View& to) {
     const int64_t column = from.stride[4] * static_cast<int64_t>(sizeof(S)), unit = min64(column & -column, 4096);
     const auto apart = reinterpret_cast<uintptr_t>(to.data) - reinterpret_cast<uintptr_t>(from.data);
-    return unit >= 1024 && (apart + kBlockBytes - 1) % static_cast<uint64_t>(unit) < 2 * kBlockBytes - 1;
+    return !kIsPaired<S> && unit >= 1024 &&
+           (apart + kBlockBytes - 1) % static_cast<uint64_t>(unit) < 2 * kBlockBytes - 1;
   }
   // Pairs of rows of outputs in a task: to cut channels costs nothing, so rows are cut only where that is not enough.
   static int64_t strip_group(const Plan& plan, int64_t maps, int64_t wanted) {

@@ -52,7 +52,8 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
     const Piece& piece = *p;
     const int64_t low = piece.low - kFirst, high = piece.high - kFirst, count = piece.count;
     const int64_t x_row = piece.x_row, grad_row = piece.y_row;
-    const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
+    const int64_t from = ceil_div(max64(low, 0), kStride),
+                  to = min64(count, floor_div(high, kStride));  // without checks
     const S* x = planes.x + piece.x + strip.first * kStride + kFirst * x_row;
     const S* grad = planes.grad + piece.y + strip.first;
     // As go_down says: row j of the gradients begins, in live[k], and row j - kLive + 1 ends.

@@ -64,8 +64,7 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
     };
     // As go_down says: row j of the cells begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      if constexpr (kFirst == 0)
-        unroll<4>([&]<int i>() __attribute__((always_inline)) { acc[k][i] = splat(T(0)); });
+      if constexpr (kFirst == 0) unroll<4>([&]<int i>() __attribute__((always_inline)) { acc[k][i] = splat(T(0)); });
       if (!kChecked || (j >= low && j < high)) {
         unroll<Taps::kInputs>([&]<int i>() __attribute__((always_inline)) {
           const S* at = x + i;

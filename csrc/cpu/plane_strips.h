@@ -238,9 +238,11 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
-    const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
+    const int64_t from = ceil_div(max64(low, 0), kStride),
+                  to = min64(count, floor_div(high, kStride));  // without checks
     // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
-    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = count + kLive - 1 - spilled;
+    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count,
+                  whole = count + kLive - 1 - spilled;
     const S* x = plane.x + piece.x + strip.first * kStride;
     S* y = plane.y + piece.y + strip.first;
     const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share

@@ -35,7 +35,8 @@ struct Planes {
   // Lanes without outputs (or cells of them), and what every strip begins and ends with (in multiply-adds). With four lanes,
   // edges are read one by one.
   static double part(const DepthwiseProblem& p) {
-    constexpr double kStrip = 85, kEdges = kVectorBytes == 16 ? 12 : 0;  // kEdges: strips
+    constexpr bool kFew = kVectorBytes == 16;
+    constexpr double kStrip = kFew ? 20 : 85, kEdges = kFew ? 12 : 0;  // kEdges: strips
     const Window& w = p.window;
     const int64_t* out = kTransposed ? w.in : w.out;
     const int64_t unit = kTransposed ? w.stride[1] : 1, rows = ceil_div(out[1], unit), columns = ceil_div(out[2], unit);

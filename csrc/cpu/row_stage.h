@@ -16,12 +16,12 @@ struct ChannelMap {
 // Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
-// Do input and output (of a gradient: its source and target) exceed that?
+// Do input and output (of a gradient: its source and target) exceed so many bytes?
 template <class S>
-static bool is_large(const DepthwiseProblem& p) {
+static bool is_large(const DepthwiseProblem& p, int64_t bytes = kStreamedBytes) {
   const int64_t channels = p.channels * p.multiplier;
   const int64_t elements = numel(p.batch, p.channels, p.window.in) + numel(p.batch, channels, p.window.out);
-  return elements * static_cast<int64_t>(sizeof(S)) > kStreamedBytes;
+  return elements * static_cast<int64_t>(sizeof(S)) > bytes;
 }
 
 // Do columns of channels crowd a few sets of an L1, so that a cache line is gone before its second vector is read?
