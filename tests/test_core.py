@@ -248,6 +248,7 @@ PLAIN_BUGS = {
     "write_before": "wrote outside (output|grad_weight|grad_bias)",
     "write_input": "changed an input",
     "workspace_behind": "wrote outside its workspace",
+    "read_behind": "died",
     "skip_channel": "got -?nan, expected",
     "drop_product": "got .*, expected",
     "half_sums": r"got .*, expected .* \+- ",

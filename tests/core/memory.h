@@ -1,6 +1,8 @@
 // Tensors as the driver hands them to a kernel: exactly sized, between guard bands, NaN wherever nothing was stored.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -27,45 +29,51 @@ namespace dsconv::core_test {
 constexpr unsigned char kFresh = 0xff;  // a NaN in every floating dtype
 
 // `bytes` bytes, `offset` bytes behind a cache line. The bands on both sides are poisoned under ASan (whose shadow
-// cannot see the last 7 bytes before an odd start) and looked at by intact() otherwise.
+// cannot see the last 7 bytes before an odd start) and looked at by intact() otherwise. A buffer that `ends_page` has the
+// rest of a cache line behind it and then a page that cannot be read: a vector too much is noticed without ASan, too.
 class Buffer {
  public:
-  Buffer(int64_t bytes, int64_t offset) : bytes_(bytes), front_(kBand + offset) {
-    const size_t total = round_up(front_ + bytes + kBand, 64);
-    base_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, total)));
-    if (!base_) std::abort();
-    total_ = static_cast<int64_t>(total);
-    std::memset(base_.get(), kFresh, total);
-    CORE_POISON(base_.get(), front_);
+  Buffer(int64_t bytes, int64_t offset, bool ends_page = false) : bytes_(bytes), front_(kBand + offset) {
+    total_ = static_cast<int64_t>(round_up(front_ + bytes + (ends_page ? 0 : kBand), 64));
+    const int64_t page = sysconf(_SC_PAGESIZE), pages = round_up(total_, page) + page;
+    void* map = mmap(nullptr, pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) std::abort();
+    map_ = std::unique_ptr<unsigned char, Unmap>(static_cast<unsigned char*>(map), Unmap{pages});
+    if (mprotect(map_.get() + pages - page, page, PROT_NONE) != 0) std::abort();
+    base_ = map_.get() + pages - page - total_;
+    std::memset(base_, kFresh, total_);
+    CORE_POISON(base_, front_);
     CORE_POISON(data() + bytes_, total_ - front_ - bytes_);
   }
   ~Buffer() {
-    if (base_) CORE_UNPOISON(base_.get(), total_);
+    if (map_) CORE_UNPOISON(base_, total_);
   }
   Buffer(Buffer&&) = default;
   Buffer& operator=(Buffer&&) = delete;
 
-  unsigned char* data() const { return base_.get() + front_; }
+  unsigned char* data() const { return base_ + front_; }
   int64_t bytes() const { return bytes_; }
 
   bool intact() const {
 #if !defined(__SANITIZE_ADDRESS__)
     for (int64_t i = 0; i < front_; ++i) {
-      if (base_.get()[i] != kFresh) return false;
+      if (base_[i] != kFresh) return false;
     }
     for (int64_t i = front_ + bytes_; i < total_; ++i) {
-      if (base_.get()[i] != kFresh) return false;
+      if (base_[i] != kFresh) return false;
     }
 #endif
     return true;
   }
 
  private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
+  struct Unmap {
+    int64_t bytes;
+    void operator()(unsigned char* p) const { munmap(p, bytes); }
   };
   static constexpr int64_t kBand = 512;
-  std::unique_ptr<unsigned char, Free> base_;
+  std::unique_ptr<unsigned char, Unmap> map_;
+  unsigned char* base_;
   int64_t bytes_, front_, total_ = 0;
 };
 
@@ -121,8 +129,8 @@ inline int64_t count_of(const Shape& shape) { return shape[0] * shape[1] * shape
 
 class Tensor {
  public:
-  Tensor(DType dtype, const Shape& shape, const Shape& stride, int64_t offset)
-      : dtype_(dtype), shape_(shape), stride_(stride), buffer_(span() * element_size(dtype), offset) {}
+  Tensor(DType dtype, const Shape& shape, const Shape& stride, int64_t offset, bool ends_page)
+      : dtype_(dtype), shape_(shape), stride_(stride), buffer_(span() * element_size(dtype), offset, ends_page) {}
 
   View view() const {
     View view{buffer_.data(), {}};

@@ -150,7 +150,8 @@ inline Shape strides_of(Layout layout, const Shape& shape, bool wild) {
 }
 
 inline Tensor tensor_of(const Spec& s, Role role, const Shape& shape) {
-  return Tensor(s.dtype, shape, strides_of(s.layout[role], shape, s.wild), s.offset * element_size(s.dtype));
+  return Tensor(s.dtype, shape, strides_of(s.layout[role], shape, s.wild), s.offset * element_size(s.dtype),
+                !is_written(role));
 }
 
 // Text <-> fields. Every field is named once, in fields().
