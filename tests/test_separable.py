@@ -15,6 +15,20 @@ PARTIAL = [
     for outputs in (vector // 2 - 1, vector - 1, vector + vector // 2, 2 * vector - 1, 2 * vector + 3, 3 * vector + 3)
     for fuse in ("always", "never")
 ]
+# Depthwise values of a tile by strips (csrc/cpu/pointwise_gemm.h): a whole map, tiles of it, a stride, too few rows,
+# columns that are too few in each phase.
+STRIPS = [
+    f"sep n2c40h{size}k3{window}o24 nhwc {dtype} mid=relu6 act=relu fuse=always"
+    for size, window in (
+        ("14w14", "s1d1p1"),
+        ("30w31", "s1d1p1"),
+        ("20w19", "s2d1p1"),
+        ("3w60", "s1d1p1"),
+        ("9w8", "s1d1x3p1x3"),
+        ("9w40", "s1d1x2p1x2"),
+    )
+    for dtype in ("fp32", "bf16")
+]
 
 
 @pytest.mark.cases("sep", 24, 300)
@@ -30,6 +44,12 @@ def test_accuracy(case):
 @pytest.mark.parametrize("line", PARTIAL)
 def test_outputs_that_fill_a_part_of_a_panel(line):
     check_exact(Case.parse(line))
+
+
+@pytest.mark.parametrize("line", STRIPS)
+def test_depthwise_values_by_strips(line):
+    check_exact(Case.parse(line))
+    check_accuracy(Case.parse(line))
 
 
 @pytest.mark.parametrize("row", row_parameters())

@@ -465,10 +465,10 @@ struct Rows {
       }
     }
 
-    // The same for all columns, by strips.
+    // The same for any number of rows, by strips.
     template <class Output>
-    void compute_strips(int64_t d, const Phase& y, int64_t n, int64_t count, Output* to, int64_t row_step,
-                        int64_t column) {
+    void compute_strips(int64_t d, const Phase& y, int64_t n, int64_t count, int64_t first, int64_t last, Output* to,
+                        int64_t row_step, int64_t column) {
       const auto& size = plan.c.source();
       const Phase z = plan.c.phase(0, d % plan.c.phases(0));
       const int64_t depth = z.in_first + d / z.out_step * z.in_step, h = y.in_first + n * y.in_step;
@@ -486,7 +486,8 @@ struct Rows {
         row.y_pixel = x.out_step * column;
         row.window.low = ceil_of(-x.in_first, x.tap_step);
         row.window.high = ceil_of(size[2] - x.in_first, x.tap_step);
-        plan.strips->run(row, 0, x.count);
+        plan.strips->run(row, ceil_of(first - x.out_first, x.out_step),
+                         min64(x.count, ceil_of(last - x.out_first, x.out_step)));
       }
     }
 
@@ -582,7 +583,7 @@ struct Rows {
         S* target = static_cast<S*>(to.data) + image * to.stride[0] + d * to.stride[2] +
                     (y.out_first + first * y.out_step) * to.stride[3];
         if (plan.strips) {
-          worker.compute_strips(d, y, first, last - first, target, row_step, to.stride[4]);
+          worker.compute_strips(d, y, first, last - first, 0, width, target, row_step, to.stride[4]);
           continue;
         }
         for (int64_t n = first; n < last; n += 2) {

@@ -408,17 +408,27 @@ struct Fused {
     for_slots(runtime, tasks * apart, thread_slots(runtime, tasks * apart, flops), body);
   }
 
-  // The depthwise values of a box as rows of A, two rows of the map at a time where they are neighbours in a phase.
+  // The depthwise values of a box as rows of A: by strips where there are rows enough, else two rows of the map at a time
+  // where they are neighbours in a phase.
   static void depthwise_tile(typename Depthwise::Worker& worker, const Correlation& c, const Box& box, A* a,
                              int64_t lda) {
-    const int64_t width = box.extent[2], phases = c.phases(1), pair = phases == 1 ? 2 : 1;
+    constexpr int64_t kStripRows = 4;
+    const int64_t width = box.extent[2], left = box.origin[2], phases = c.phases(1), pair = phases == 1 ? 2 : 1;
+    const auto* strips = worker.plan.strips;
+    const bool by_strips =
+        strips && phases == 1 && box.extent[1] >= kStripRows && width / c.phases(2) >= strips->narrow;
     for (int64_t z = 0; z < box.extent[0]; ++z) {
+      const int64_t d = box.origin[0] + z;
+      if (by_strips) {
+        A* to = a + (z * box.extent[1] * width - left) * lda;
+        worker.compute_strips(d, c.phase(1, 0), box.origin[1], box.extent[1], left, left + width, to, width * lda, lda);
+        continue;
+      }
       for (int64_t y = 0; y < box.extent[1]; y += pair) {
         const int64_t h = box.origin[1] + y;
         const int count = static_cast<int>(min64(pair, box.extent[1] - y));
-        A* to = a + ((z * box.extent[1] + y) * width - box.origin[2]) * lda;
-        worker.compute(box.origin[0] + z, c.phase(1, h % phases), h / phases, count, box.origin[2],
-                       box.origin[2] + width, to, width * lda, lda);
+        A* to = a + ((z * box.extent[1] + y) * width - left) * lda;
+        worker.compute(d, c.phase(1, h % phases), h / phases, count, left, left + width, to, width * lda, lda);
       }
     }
   }
