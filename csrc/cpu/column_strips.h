@@ -101,8 +101,8 @@ struct StripKernels {
 
   template <class S, int kTaps, int kStride>
   static constexpr StripKernels make() {
-    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost,
-                  kNarrow = (kWide + 1) / 2;  // registers for the taps
+    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost;  // pairs of taps are in registers, too
+    constexpr int kNarrow = (kWide + 1) / 2;
     StripKernels k{kTaps, kStride, kNarrow, kWide, {}};
     unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
       if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, i>;
