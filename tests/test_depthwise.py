@@ -48,20 +48,21 @@ CELLS = (
 )
 
 # By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that
-# are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, every kind of
-# activation, a tensor that would go past the caches by blocks (kStripBytes).
+# are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, an
+# activation that makes them blocks, a tensor that would go past the caches by blocks (kStripBytes).
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
     "dw n1c33h1w9k3s1d1p1 nhwc bias=dw",
-    "dw n1c40h30w15k3s1d1p1 nhwc act=silu",
+    "dw n1c40h30w15k3s1d1p1 nhwc act=relu6",
     "dw n1c24h8w30k3s1d1p3x1 nhwc",
     "dw n1c24h7w13k3s1d1p0 nhwc act=relu",
     "dw n1c24h21w22k3s1d3p3 nhwc act=relu",
     "dw n1c130h64w64k3s1d1p1 nhwc",
-    "dw n1c48h40w12k3s2d1p1 nhwc act=hardswish",
+    "dw n1c48h40w12k3s2d1p1 nhwc act=relu",
     "dw n2c16h11w13k3s2d1p0:1x0:1 nhwc",
-    "dw n1c70h3w27k3s2d1p1 nhwc act=gelu",
+    "dw n1c70h3w27k3s2d1p1 nhwc",
+    "dw n1c70h30w27k3s1d1p1 nhwc act=hardswish",
     "dw n1c24h13w13k3s2d2p2 nhwc",
     "dw n1c24t3h9w10k1x3x3s1x1x1d1p1x1x1 nhwc",
     "dw n2c128h64w72k3s1d1p1 nhwc",

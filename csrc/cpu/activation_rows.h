@@ -47,9 +47,10 @@ struct Limits {
   bool any, others;
   T low, high;
 
+  static bool make(const ActivationSpec& spec) { return spec.kind <= Activation::relu6; }
   explicit Limits(const ActivationSpec& spec)
       : activation(spec), any(spec.kind == Activation::relu || spec.kind == Activation::relu6), low(0) {
-    others = spec.kind > Activation::relu6;
+    others = !make(spec);
     high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
   }
   template <int kCount>

@@ -149,7 +149,7 @@ struct Rows {
     plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 
     plan.cells = cells_of(p, plan);
-    plan.strips = strips_of(plan);
+    plan.strips = strips_of(p, plan);
     const int64_t phases = plan.cells ? 1 : plan.c.phases(1);
     plan.pairs = ceil_div(ceil_div(target[1], phases), 2);
     plan.group = 1;
@@ -187,9 +187,10 @@ struct Rows {
     }
     return cell_kernels<T>(w.taps[1], w.pad[1] % 2);
   }
-  // Strips want 3x3 windows in every phase.
-  static const StripKernels<T>* strips_of(const Plan& plan) {
+  // Strips want 3x3 windows in every phase. Activations that take registers would cost them more than they save.
+  static const StripKernels<T>* strips_of(const DepthwiseProblem& p, const Plan& plan) {
     if constexpr (!kWidens<S>) return nullptr;
+    if (!kTransposed && !Limits<T>::make(p.activation)) return nullptr;
     const Correlation& c = plan.c;
     const Phase y = c.phase(1, 0);
     if (kTransposed && c.window.stride[1] * c.window.stride[2] > 1) return nullptr;  // phases have other windows

@@ -35,7 +35,7 @@ class Buffer {
  public:
   Buffer(int64_t bytes, int64_t offset, bool ends_page = false) : bytes_(bytes), front_(kBand + offset) {
     total_ = static_cast<int64_t>(round_up(front_ + bytes + (ends_page ? 0 : kBand), 64));
-    const int64_t page = sysconf(_SC_PAGESIZE), pages = round_up(total_, page) + page;
+    const int64_t page = page_bytes(), pages = round_up(total_, page) + page;
     void* map = mmap(nullptr, pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) std::abort();
     map_ = std::unique_ptr<unsigned char, Unmap>(static_cast<unsigned char*>(map), Unmap{pages});
@@ -43,10 +43,10 @@ class Buffer {
     base_ = map_.get() + pages - page - total_;
     std::memset(base_, kFresh, total_);
     CORE_POISON(base_, front_);
-    CORE_POISON(data() + bytes_, total_ - front_ - bytes_);
+    CORE_POISON(data() + bytes_, total_ - front_ - bytes_ + page);
   }
   ~Buffer() {
-    if (map_) CORE_UNPOISON(base_, total_);
+    if (map_) CORE_UNPOISON(base_, total_ + page_bytes());
   }
   Buffer(Buffer&&) = default;
   Buffer& operator=(Buffer&&) = delete;
@@ -71,6 +71,7 @@ class Buffer {
     int64_t bytes;
     void operator()(unsigned char* p) const { munmap(p, bytes); }
   };
+  static int64_t page_bytes() { return sysconf(_SC_PAGESIZE); }
   static constexpr int64_t kBand = 512;
   std::unique_ptr<unsigned char, Unmap> map_;
   unsigned char* base_;
