@@ -1,6 +1,7 @@
 // Registers the operators: schemas from dsconv_ext/schemas.inc, implementations per device.
 #include "ops/depthwise.h"
 #include "ops/introspection.h"
+#include "ops/kept_memory.h"
 #include "ops/packed.h"
 #include "ops/separable.h"
 
@@ -34,4 +35,5 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv, CompositeExplicitAutograd, library) {
   library.impl("explain_begin", TORCH_BOX(&dsconv::explain_begin));
   library.impl("explain_end", TORCH_BOX(&dsconv::explain_end));
   library.impl("set_choices", TORCH_BOX(&dsconv::set_choices));
+  library.impl("empty_cache", TORCH_BOX(&dsconv::empty_cache));
 }

@@ -15,7 +15,7 @@ from ._version import __version__
 _loader.load()  # before the operators are used
 
 from . import functional, nn, reference  # noqa: E402
-from .backends import Call, Candidate, Explanation, explain  # noqa: E402
+from .backends import Call, Candidate, Explanation, empty_cache, explain  # noqa: E402
 from .convert import Report, convert, revert  # noqa: E402
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Report",
     "__version__",
     "convert",
+    "empty_cache",
     "explain",
     "functional",
     "nn",

@@ -118,6 +118,22 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(c.chosen for c in calls), tuple(c.candidates for c in calls), calls)
 
 
+def empty_cache() -> None:
+    """Give the memory that waits for outputs back to the system, as `torch.cuda.empty_cache` does for a GPU.
+
+    On a CPU under Linux, outputs and gradients of 1 MiB or more lie in memory of the library, which keeps it when a
+    tensor is freed and gives it to a later one of about the same size. The system may take most of it back meanwhile
+    (``MADV_FREE``), and what no tensor has wanted for long is given back without being asked. ``DSCONV_CPU_CACHE=0``
+    in the environment leaves all memory to PyTorch. PyTorch cannot resize the storage of such a tensor.
+
+    Examples
+    --------
+    >>> import dsconv_ext
+    >>> dsconv_ext.empty_cache()
+    """
+    torch.ops.dsconv.empty_cache()
+
+
 @functools.cache
 def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on a device; the package is imported when it is first needed."""
@@ -446,6 +462,7 @@ def register(library: torch.library.Library) -> None:
             "build_info": json.dumps(information),
             "explain_begin": None,
             "explain_end": "[]",
+            "empty_cache": None,
         }.items():
             library.impl(name, lambda answer=answer: answer, "CompositeExplicitAutograd")
         library.impl("set_choices", lambda rows: None, "CompositeExplicitAutograd")

@@ -37,6 +37,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "cases(families, default, slow): run on fixed and `default` sampled problems; `slow` more if slow"
     )
+    os.environ.setdefault("DSCONV_CPU_CACHE", "0")  # memory that it keeps is not filled with NaN
     if hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(M_PERTURB, PERTURB_NAN)
 

@@ -8,7 +8,7 @@ from dsconv_ext import functional as F
 
 STREAMED = 8 << 20
 # N, C, H, W, stride, dilation: whole cache lines per pixel, lines that pixels share, a stride, dilation over small
-# planes, and one with more than kMappedBytes (csrc/ops/common.cpp).
+# planes, and a large one.
 SHAPES = [
     (2, 32, 129, 160, 1, 1),
     (2, 37, 120, 131, 1, 1),

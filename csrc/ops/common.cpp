@@ -1,10 +1,7 @@
 #include "ops/common.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "machine.h"
+#include "ops/kept_memory.h"
 #if DSCONV_CUDA
 #include "cuda/device.h"
 #endif
@@ -63,21 +60,19 @@ static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, con
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
+  if (like.is_cpu()) {
+    int64_t count = 1;  // these tensors have no gaps
+    for (int64_t i = 0; i < rank; ++i) count *= size[i];
+    if (void* data = take_memory(count * aoti_torch_dtype_element_size(dtype))) {
+      const auto keep = [](void* data, void*) { keep_memory(data); };
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, rank, size, stride, 0, dtype, device_type, device_index, &handle,
+                                                    aoti_torch_layout_strided(), nullptr, 0, keep, nullptr));
+      return Tensor(handle);
+    }
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, size, stride, dtype, device_type, device_index, &handle));
   return Tensor(handle);
-}
-
-// A block this large is mapped anew for every call (glibc's M_MMAP_THRESHOLD ends here), and 4 KiB at a time its page
-// faults cost more than a convolution.
-constexpr int64_t kMappedBytes = 32 << 20, kHugePage = 2 << 20;
-
-static void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHugePage);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (bytes >= kMappedBytes) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
-#endif
 }
 
 Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
@@ -95,9 +90,7 @@ Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
   stride[0] = channels_last ? step : step * max64(channels, 1);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  Tensor y = empty_strided(x, dtype, rank, size, stride);
-  if (y.is_cpu()) prefer_huge_pages(y.data_ptr(), y.numel() * y.element_size());
-  return y;
+  return empty_strided(x, dtype, rank, size, stride);
 }
 
 Tensor empty_bytes(const Tensor& x, int64_t bytes) {

@@ -1,0 +1,150 @@
+#include "ops/kept_memory.h"
+
+#if defined(__linux__)
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "geometry.h"
+
+namespace dsconv {
+namespace {
+
+constexpr int64_t kSmallest = 1 << 20;  // below, C libraries keep the memory
+constexpr int64_t kHugePage = 2 << 20, kLine = 64;
+// Data begins at another place in a page each time: loads wait for stores to the same place of another page.
+constexpr int64_t kPlaces = 16;
+constexpr int64_t kPatience = 1024;  // in tensors that asked for memory meanwhile
+constexpr int64_t kInspection = 64;
+
+struct Block {
+  char* begin;
+  int64_t bytes;
+};
+
+int64_t whole_pages(const Block& block) { return block.bytes / kHugePage * kHugePage; }
+
+Block map_block(int64_t bytes) {
+  const int64_t room = bytes + kHugePage;
+  void* const found = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (found == MAP_FAILED) return {};
+  char* const first = static_cast<char*>(found);
+  const int64_t before = -reinterpret_cast<intptr_t>(first) & (kHugePage - 1);
+  if (before > 0) munmap(first, before);
+  if (before < kHugePage) munmap(first + before + bytes, kHugePage - before);
+  const Block block{first + before, bytes};
+  if (whole_pages(block) > 0) madvise(block.begin, whole_pages(block), MADV_HUGEPAGE);  // a hint: may fail
+  return block;
+}
+
+void unmap(const Block& block) { munmap(block.begin, block.bytes); }
+
+// Where a lock is not free, a block is mapped or unmapped: also in the child of a fork, where nobody may be left to free it.
+class KeptMemory {
+ public:
+  void* take(int64_t bytes) {
+    const int64_t least = bytes + (kPlaces + 1) * kLine;
+    const int64_t step = std::bit_floor(static_cast<uint64_t>(least)) / 16;
+    Block block{};
+    std::vector<Block> idle;
+    if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
+      ++clock_;
+      if (const auto it = waiting_.lower_bound(least); it != waiting_.end() && it->first <= least + least / 4) {
+        block = it->second.block;
+        waiting_.erase(it);
+      }
+      if (clock_ % kInspection == 0) idle = remove_idle(kPatience);
+    }
+    for (const Block& old : idle) unmap(old);
+    if (!block.begin) block = map_block(round_up(least, step));
+    if (!block.begin) return nullptr;
+    char* const data = block.begin + (1 + place_++ % kPlaces) * kLine;
+    std::memcpy(data - kLine, &block, sizeof block);
+    return data;
+  }
+
+  void keep(void* data) {
+    Block block;
+    std::memcpy(&block, static_cast<char*>(data) - kLine, sizeof block);
+    if (whole_pages(block) > 0) madvise(block.begin, whole_pages(block), MADV_FREE);
+    if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
+      waiting_.insert({block.bytes, {block, clock_}});
+    } else {
+      unmap(block);
+    }
+  }
+
+  void empty() {
+    std::vector<Block> all;
+    {
+      const std::lock_guard lock{mutex_};
+      all = remove_idle(0);
+    }
+    for (const Block& block : all) unmap(block);
+  }
+
+ private:
+  struct Waiting {
+    Block block;
+    int64_t since;
+  };
+
+  std::vector<Block> remove_idle(int64_t patience) {
+    std::vector<Block> removed;
+    for (auto it = waiting_.begin(); it != waiting_.end();) {
+      if (clock_ - it->second.since >= patience) {
+        removed.push_back(it->second.block);
+        it = waiting_.erase(it);
+      } else {
+        ++it;
+      }
+    }
+    return removed;
+  }
+
+  std::mutex mutex_;
+  std::multimap<int64_t, Waiting> waiting_;  // by size
+  int64_t clock_ = 0;
+  std::atomic<uint32_t> place_ = 0;
+};
+
+// Never destroyed: tensors may be freed after everything else.
+KeptMemory& kept() {
+  static KeptMemory* const memory = new KeptMemory;
+  return *memory;
+}
+
+bool is_wanted() {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("DSCONV_CPU_CACHE");
+    return !value || std::strcmp(value, "0") != 0;
+  }();
+  return wanted;
+}
+
+}  // namespace
+
+void* take_memory(int64_t bytes) { return bytes >= kSmallest && is_wanted() ? kept().take(bytes) : nullptr; }
+void keep_memory(void* data) { kept().keep(data); }
+void empty_cache() { kept().empty(); }
+
+}  // namespace dsconv
+
+#else
+
+namespace dsconv {
+
+void* take_memory(int64_t) { return nullptr; }
+void keep_memory(void*) {}
+void empty_cache() {}
+
+}  // namespace dsconv
+
+#endif
