@@ -106,7 +106,9 @@ assert first
 
 
 def test_small_outputs_and_a_cache_that_is_off_leave_it_to_pytorch(python, library):
-    program = BASE + """
+    program = (
+        BASE
+        + """
 small, large = apply(15), apply(16)
 def resizes(y):
     try:
@@ -117,12 +119,14 @@ def resizes(y):
     return True
 print(resizes(small), resizes(large))
 """
+    )
     assert python(program, DSCONV_CPU_CACHE="1") == "True False\n"
     assert python(program, DSCONV_CPU_CACHE="0") == "True True\n"
 
 
 def test_empty_cache_gives_all_of_it_back(run):
-    run("""
+    run(
+        """
 apply(16)
 before = resident()
 held = apply(1024, value=2)
@@ -133,11 +137,15 @@ after = resident() - before
 assert waiting > 60 * MEBI, waiting
 assert after < 8 * MEBI, after
 assert (apply(1024) == 3).all()
-""", MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536")
+""",
+        MALLOC_TRIM_THRESHOLD_="0",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
 
 
 def test_what_nothing_wants_for_long_is_unmapped(run):
-    run("""
+    run(
+        """
 x = torch.ones(1, 16, 128, 128).contiguous(memory_format=torch.channels_last)
 weight = torch.ones(16, 1, 1, 1)
 apply(1024)
@@ -147,7 +155,10 @@ for i in range(1024 + 64):
     if i == 900:
         assert resident() > before - 8 * MEBI
 assert resident() < before - 50 * MEBI
-""", MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536")
+""",
+        MALLOC_TRIM_THRESHOLD_="0",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
 
 
 def test_threads(run):

@@ -65,8 +65,8 @@ static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, con
     for (int64_t i = 0; i < rank; ++i) count *= size[i];
     if (void* data = take_memory(count * aoti_torch_dtype_element_size(dtype))) {
       const auto keep = [](void* data, void*) { keep_memory(data); };
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, rank, size, stride, 0, dtype, device_type, device_index, &handle,
-                                                    aoti_torch_layout_strided(), nullptr, 0, keep, nullptr));
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, rank, size, stride, 0, dtype, device_type, device_index,
+                                                    &handle, aoti_torch_layout_strided(), nullptr, 0, keep, nullptr));
       return Tensor(handle);
     }
   }
