@@ -49,7 +49,8 @@ CELLS = (
 
 # By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that
 # are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, an
-# activation that makes them blocks, a tensor that would go past the caches by blocks (kStripBytes).
+# activation that makes them blocks, a tensor that would go past the caches by blocks (kStripBytes), columns that crowd
+# the cache (kCrowdedColumn).
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
@@ -66,6 +67,9 @@ STRIPS = (
     "dw n1c24h13w13k3s2d2p2 nhwc",
     "dw n1c24t3h9w10k1x3x3s1x1x1d1p1x1x1 nhwc",
     "dw n2c128h64w72k3s1d1p1 nhwc",
+    "dw n1c256h14w14k3s2d1p1 nhwc act=relu6",
+    "dw n2c512h27w28k3s2d1p1:0x0:1 nhwc",
+    "dw n1c1024h1w9k3s2d1p1 nhwc bias=dw",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
@@ -188,6 +192,15 @@ def test_gradient_by_cells(line):
 def test_strips_of_columns(line, dtype):
     check_exact(of_dtype(line, dtype))
     check_accuracy(of_dtype(line, dtype))
+
+
+@pytest.mark.parametrize("channels", [9, 16, 32, 40, 200, 241])
+def test_some_channels_of_columns_that_crowd_the_cache(channels):
+    """Strips take two vectors at a time there; the last may be alone, or overlap the one before it."""
+    x = torch.randint(-3, 4, (2, 13, 12, 256)).float()[..., 3 : 3 + channels].permute(0, 3, 1, 2)
+    weight, bias = torch.randint(-3, 4, (channels, 1, 3, 3)).float(), torch.randint(-3, 4, (channels,)).float()
+    y = F.depthwise_conv2d(x, weight, bias, 2, 1)
+    assert torch.equal(y, conv2d(x.contiguous(), weight, bias, 2, 1, groups=channels))
 
 
 def test_outputs_in_the_place_of_inputs_in_a_page():

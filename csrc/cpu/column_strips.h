@@ -4,17 +4,21 @@
 // multiplied into the outputs of all rows whose windows hold it, which are kept in registers until their last row has come.
 // The taps are loaded once for all rows. (A block of two rows, as in row_blocks.h, reads an input twice as often and the
 // taps for every two rows.) The sums are the same to the bit.
+//
+// Where columns are a power of two apart, the lines that such a strip reads come from a few sets of each cache and one bank
+// of the L2, at half the rate. There, strips of stride 2 are narrower and take two vectors at a time, and taps from memory.
 #pragma once
 
 #include "row_blocks.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-// Outputs [pixel, pixel + kPixels) in all rows of `row.strip`, all channels. Of the columns that it reads, none but the
-// first and the last may lie outside the tensor.
-template <class S, int kTaps, int kStride, int kPixels, class T = Compute<S>>
+// Outputs [pixel, pixel + kPixels) in all rows of `row.strip`, all channels, kVectors vectors of these at a time. Of the
+// columns that it reads, none but the first and the last may lie outside the tensor.
+template <class S, int kTaps, int kStride, int kVectors, int kPixels, class T = Compute<S>>
 static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   constexpr int kL = kLanes<T>, kLive = ceil_div(kTaps, kStride), kColumns = (kPixels - 1) * kStride + kTaps;
+  static_assert(kVectors == 1 || !kIsPaired<S>);
   const StripRows rows = row.strip;
   const int64_t low = rows.low, high = rows.high, count = rows.count;
   const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
@@ -24,32 +28,47 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   const BlockOutputs<S> out(row, pixel, kPixels);
   const Limits<T> limits(row.activation);
   const T* weights = row.weights + row.first / kL * row.weight_block;
-  for (int64_t next = row.first; next < last; next += kL, weights += row.weight_block) {
-    const int64_t c = block_channel<T>(next, row.channels);
-    const char* x = reinterpret_cast<const char*>(columns + c);
-    int64_t y = c;
-    Vec<T> w[kTaps][kTaps], acc[kLive][kPixels] = {};
-    [[maybe_unused]] PairedTaps<kTaps> paired[kTaps];
-    unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
-      constexpr int u = i / kTaps, t = i % kTaps;
-      w[u][t] = load_once(weights + i * kL);
-      if constexpr (kIsPaired<S>) paired[u].set(t, w[u][t]);
+  const auto go = [&]<int kCount>(int64_t next) __attribute__((always_inline)) {
+    int64_t c[kCount];
+    Vec<T> bias[kCount], acc[kCount][kLive][kPixels] = {};
+    unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+      c[v] = block_channel<T>(next + v * kL, row.channels);
+      bias[v] = load(row.bias + c[v]);
     });
-    const Vec<T> bias = load(row.bias + c);
+    const char* x = reinterpret_cast<const char*>(columns + c[0]);
+    int64_t y = c[0];
+    Vec<T> w[kTaps][kTaps];
+    [[maybe_unused]] PairedTaps<kTaps> paired[kTaps];
+    if constexpr (kCount == 1) {
+      unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int u = i / kTaps, t = i % kTaps;
+        w[u][t] = load_once(weights + i * kL);
+        if constexpr (kIsPaired<S>) paired[u].set(t, w[u][t]);
+      });
+    }
+    const auto tap = [&]<int v, int u, int t>() __attribute__((always_inline)) {
+      if constexpr (kCount == 1) return w[u][t];
+      return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
+    };
     // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      if constexpr (kFirst == 0) unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[k][p] = bias; });
+      if constexpr (kFirst == 0) {
+        unroll<kCount * kPixels>(
+            [&]<int i>() __attribute__((always_inline)) { acc[i / kPixels][k][i % kPixels] = bias[i / kPixels]; });
+      }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
         // Passes to `use` the accumulator of output p in every row that meets this one, and the row of taps.
-        const auto meet = [&]<int p, class Use>(const Use& use) __attribute__((always_inline)) {
+        const auto meet = [&]<int v, int p, class Use>(const Use& use) __attribute__((always_inline)) {
           unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
             constexpr int u = m * kStride + r;
             if constexpr (m >= kFirst && m < kLast && u < kTaps)
-              use.template operator()<u>(acc[(k + kLive - m) % kLive][p]);
+              use.template operator()<u>(acc[v][(k + kLive - m) % kLive][p]);
           });
         };
-        const auto one = [&]<int p, int t>(Vec<T> value) __attribute__((always_inline)) {
-          meet.template operator()<p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) { to += value * w[u][t]; });
+        const auto one = [&]<int p, int t, int v = 0>(Vec<T> value) __attribute__((always_inline)) {
+          meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
+            to += value * tap.template operator()<v, u, t>();
+          });
         };
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           if constexpr (kIsPaired<S>) {
@@ -57,21 +76,23 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
               return reinterpret_cast<const S*>(x + column * step);
             };
             const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
-              meet.template operator()<p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
+              meet.template operator()<0, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
                 multiply_pairs(to, pair, paired[u].pair[t]);
               });
             };
             for_pairs<S, kTaps, kStride, kPixels, true>(at, inside, one, two);
           } else {
-            const char* at[kColumns / 3 + 1];
-            at[0] = x;
-            unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
-              if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
-              if ((column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
-              const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
-              unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-                constexpr int t = column - p * kStride;
-                if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t>(value);
+            unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+              const char* at[kColumns / 3 + 1];
+              at[0] = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));
+              unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
+                if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
+                if ((column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
+                const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
+                unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
+                  constexpr int t = column - p * kStride;
+                  if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t, v>(value);
+                });
               });
             });
           }
@@ -79,33 +100,45 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
         x += rows.x_row * static_cast<int64_t>(sizeof(S));
       });
       if (kLast < kLive || (kChecked && j < kLive - 1)) return;
-      Vec<T>(&done)[kPixels] = acc[(k + 1) % kLive];
-      limits.template apply<kPixels>(done);
-      out.template write<kPixels>(done, [&]<int p>() __attribute__((always_inline)) { return y + p * out.pixel; });
+      unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+        Vec<T>(&done)[kPixels] = acc[v][(k + 1) % kLive];
+        limits.template apply<kPixels>(done);
+        out.template write<kPixels>(
+            done, [&]<int p>() __attribute__((always_inline)) { return y + c[v] - c[0] + p * out.pixel; });
+      });
       y += y_row;
     };
     go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) {
-      unroll<kPixels>([&]<int p>() __attribute__((always_inline)) { acc[i][p] = acc[i + 1][p]; });
+      unroll<kCount * kPixels>([&]<int p>() __attribute__((always_inline)) {
+        acc[p / kPixels][i][p % kPixels] = acc[p / kPixels][i + 1][p % kPixels];
+      });
     });
+    weights += kCount * row.weight_block;
+  };
+  int64_t next = row.first;
+  for (; next + (kVectors - 1) * kL < last; next += kVectors * kL) go.template operator()<kVectors>(next);
+  if constexpr (kVectors > 1) {
+    if (next < last) go.template operator()<1>(next);
   }
 }
 
-// The strips of one number of taps and one stride, by pixels.
+// The strips of one number of taps, one stride and one number of vectors, by pixels.
 template <class T>
 struct StripKernels {
   using Strip = void (*)(const BlockRow<T>&, int64_t pixel);
   static constexpr int kMost = 7;
-  int taps, stride;
+  int taps, stride, vectors;
   int narrow, wide;  // of which any number of columns can be made that is not less than `narrow`
   Strip strips[kMost + 1];
 
-  template <class S, int kTaps, int kStride>
+  template <class S, int kTaps, int kStride, int kVectors>
   static constexpr StripKernels make() {
-    constexpr int kWide = kIsPaired<S> && kStride == 1 ? 5 : kMost;  // pairs of taps are in registers, too
+    // Of the 32 registers, pairs of taps take some, and accumulators of two vectors twice as many.
+    constexpr int kWide = kVectors > 1 || (kIsPaired<S> && kStride == 1) ? 5 : kMost;
     constexpr int kNarrow = (kWide + 1) / 2;
-    StripKernels k{kTaps, kStride, kNarrow, kWide, {}};
+    StripKernels k{kTaps, kStride, kVectors, kNarrow, kWide, {}};
     unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
-      if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, i>;
+      if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, kVectors, i>;
     });
     return k;
   }
@@ -120,8 +153,8 @@ struct StripKernels {
   }
 };
 
-// Those that read S, or null. Defined in block_kernels.inc.
+// Those that read S and take `vectors` at a time, or else one; null if there are none. Defined in block_kernels.inc.
 template <class S>
-const StripKernels<Compute<S>>* strip_kernels(int64_t taps, int64_t stride);
+const StripKernels<Compute<S>>* strip_kernels(int64_t taps, int64_t stride, int64_t vectors);
 
 }  // namespace dsconv::cpu::DSCONV_ISA

@@ -45,6 +45,10 @@ constexpr int64_t kRunBytes = 1024;
 // go past it (kStreamedBytes).
 constexpr int64_t kStripBytes = 13 << 20;
 
+// Columns whose distances are multiples of this share so few sets of a cache that strips take two vectors at a time. (Vectors
+// of half types share lines; they gain only where columns are twice as far apart.)
+constexpr int64_t kCrowdedColumn = 1024;
+
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
 // Moves the outputs of a block on (BlockRow::put).
@@ -196,7 +200,8 @@ struct Rows {
     if (kTransposed && c.window.stride[1] * c.window.stride[2] > 1) return nullptr;  // phases have other windows
     if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
     if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
-    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart);
+    const bool crowded = plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S)) % kCrowdedColumn == 0;
+    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, crowded ? 2 : 1);
     if (!kernels) return nullptr;
     for (int64_t i = 0; i < c.phases(2); ++i) {
       const Phase x = c.phase(2, i);
