@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,6 +265,22 @@ def test_a_planted_bug_is_noticed_in_every_row(bug):
     passed = re.findall(r"^(\w+) +ok", done.stdout, re.MULTILINE)
     blind = ("avx512bf16", "amx") if bug == "half_sums" else ()  # their results are bfloat16
     assert [name for name in passed if table(PLAIN.x86)[name] not in blind] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept under Linux only")
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_kept_memory(sanitizers):
+    folder = ROOT / "build" / f"kept-memory-{sanitizers.partition(',')[0]}"
+    includes = [f"-I{path}" for path in _build.INCLUDE_DIRS]
+    flags = [*_build.CXX_FLAGS, *SANITIZED, f"-fsanitize={sanitizers}", "-pthread", *includes]
+    sources = [ROOT / "csrc" / "ops" / "kept_memory.cpp", ROOT / "tests" / "core" / "kept_memory.cpp"]
+    lines = [f"cxx = {PLAIN_COMPILER}", f"flags = {' '.join(flags)}"]
+    for i, source in enumerate(sources):
+        lines.append(f"build {i}.o: compile {source}")
+    native.build(folder, [*lines, "build program: link 0.o 1.o"])
+    environment = {**os.environ, "DSCONV_CPU_CACHE": "1"}
+    done = subprocess.run([folder / "program"], env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "wrong: 0\n"), done.stderr[-4000:]
 
 
 @pytest.mark.slow

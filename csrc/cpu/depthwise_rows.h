@@ -68,7 +68,7 @@ template <class S, bool kTransposed>
 struct Rows {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>, kTotals = 2 * BlockKernels<T>::kLong * kL;
-  static constexpr int64_t kTasks = 64, kFewTasks = 16;
+  static constexpr int64_t kFewTasks = 8;  // for a thread: with more, one task is no great difference
   static constexpr int kMostOutputs = max64(BlockKernels<T>::kLong, 2 * CellKernels<T>::kWide);  // of a block
 
   // A task is one or two output rows of one phase, or a group of such pairs, over the whole width and a chunk of channels.
@@ -99,25 +99,25 @@ struct Rows {
   static bool narrows(const DepthwiseProblem& p) {
     return kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
   }
-  static Plan plan_of(const DepthwiseProblem& p) {
+  static Plan plan_of(const DepthwiseProblem& p, int threads = 1) {
     if (is_large<S>(p) && !is_large<S>(p, kStripBytes)) {
-      const Plan plan = plan_of(p, false);
+      const Plan plan = plan_of(p, threads, false);
       if (plan.strips) return plan;
     }
-    return plan_of(p, kStreams && is_large<S>(p));
+    return plan_of(p, threads, kStreams && is_large<S>(p));
   }
-  static Plan plan_of(const DepthwiseProblem& p, bool streamed) {
+  static Plan plan_of(const DepthwiseProblem& p, int threads, bool streamed) {
     const View& to = kTransposed ? p.grad_x : p.y;
     const ChannelMap map = output_map(p);
-    const int64_t wanted = wanted_tasks(2 * depthwise_flops(p), kTasks);
-    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, wanted);
+    const int64_t slots = thread_slots(threads, threads, depthwise_flops(p));
+    if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, slots);
     if (!RowStage<S>::is_plain(to, map) || !(narrows(p) || sizeof(S) == sizeof(T)))
-      return plan_of(p, Delivery::staged, streamed, wanted);
+      return plan_of(p, Delivery::staged, streamed, slots);
     const bool whole_lines = kLanes<T> * sizeof(S) == kBlockBytes && has_whole_lines<S>(to, map.count);
-    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, wanted);
+    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, slots);
   }
-  // Channels are cut into as many chunks as the wanted number of tasks takes, or the cache.
-  static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed, int64_t wanted) {
+  // Channels are cut into as many chunks as `slots` threads take to have equal shares, or the cache.
+  static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed, int64_t slots) {
     Plan plan{};
     plan.c = Correlation::of(p.window, kTransposed);
     const Window& w = p.window;
@@ -159,17 +159,15 @@ struct Rows {
     plan.group = 1;
     if (plan.delivery == Delivery::rows && plan.streamed && phases == 1)
       plan.group = min64(plan.pairs, ceil_div(kRunBytes, 2 * target[2] * static_cast<int64_t>(sizeof(S))));
-    if (plan.strips) plan.group = strip_group(plan, p.batch * target[0] * min64(phases, target[1]), wanted);
+    if (plan.strips) plan.group = strip_group(plan, p.batch * target[0] * min64(phases, target[1]), slots);
     int64_t column = output_columns(plan);  // elements per channel, in the ring too
     if (!in.direct) column += in.planes * in.rows * plan.parts * source[2];
     const int64_t ring = copied ? kCrowdedRingBytes : kRingBytes, least = kBlock<S> / kL;  // a cache line of channels
     int64_t fit = column == 0 ? plan.blocks : ring / (column * kL * static_cast<int64_t>(sizeof(T)));
     plan.y_phases = min64(phases, target[1]);  // the others are empty
     plan.tasks = p.batch * target[0] * plan.y_phases * ceil_div(plan.pairs, plan.group);
-    int64_t shares = ceil_div(wanted, max64(plan.tasks, 1));
-    if (plan.tasks % 2 == 1 && plan.tasks < kFewTasks && wanted > 1)
-      shares = max64(shares, 2);  // equal ones for two threads
-    fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, max64(shares, 1))));
+    const int64_t shares = plan.tasks < kFewTasks * slots ? slots / gcd64(slots, max64(plan.tasks, 1)) : 1;
+    fit = min64(fit, max64(4 * least, ceil_div(plan.blocks, shares)));
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
     plan.chunk = min64(plan.blocks, round_up(ceil_div(plan.blocks, plan.chunks), least)) * kL;
     plan.chunks = ceil_div(plan.blocks * kL, plan.chunk);
@@ -220,11 +218,13 @@ struct Rows {
     return !kIsPaired<S> && unit >= 1024 &&
            (apart + kBlockBytes - 1) % static_cast<uint64_t>(unit) < 2 * kBlockBytes - 1;
   }
-  // Pairs of rows of outputs in a task: to cut channels costs nothing, so rows are cut only where that is not enough.
-  static int64_t strip_group(const Plan& plan, int64_t maps, int64_t wanted) {
-    constexpr int64_t kLeast = 4;  // pairs
-    const int64_t chunks = ceil_div(plan.blocks, 4 * kBlock<S> / kL), cuts = ceil_div(wanted, max64(maps * chunks, 1));
-    return max64(min64(plan.pairs, kLeast), ceil_div(plan.pairs, max64(cuts, 1)));
+  // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut only where that is not enough, or
+  // would give threads unequal shares.
+  static int64_t strip_group(const Plan& plan, int64_t maps, int64_t slots) {
+    constexpr int64_t kLeast = 4;  // pairs, and blocks of a cache line
+    const int64_t shares = slots / gcd64(slots, max64(maps, 1)), blocks = plan.blocks * kL / kBlock<S>;
+    const bool cut = blocks < kLeast * shares || (blocks % shares > 0 && blocks < kFewTasks * shares);
+    return cut ? max64(min64(plan.pairs, kLeast), ceil_div(plan.pairs, shares)) : plan.pairs;
   }
   // The rows of outputs of phase `index`; with cells, all.
   static Phase output_rows(const Plan& plan, int64_t index) {
@@ -256,7 +256,7 @@ struct Rows {
   }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
-    Plan plan = plan_of(p);
+    Plan plan = plan_of(p, threads);
     return kBlockBytes + shared_bytes(p, plan) + threads * slot_bytes(plan);
   }
 
@@ -555,7 +555,7 @@ struct Rows {
 
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
-    Plan plan = plan_of(p);
+    Plan plan = plan_of(p, runtime.threads);
     if (collide(plan.in.view, to)) plan.strips = nullptr;
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);
@@ -612,7 +612,7 @@ struct Rows {
       }
       if (plan.streamed) end_stream();
     };
-    for_slots(runtime, plan.tasks, thread_slots(runtime, plan.tasks, depthwise_flops(p)), body);
+    for_slots(runtime, plan.tasks, thread_slots(runtime.threads, plan.tasks, depthwise_flops(p)), body);
   }
 };
 

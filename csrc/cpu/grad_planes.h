@@ -219,7 +219,7 @@ struct PlanesGradWeight {
         write(p, channel, values, kTaps * kTaps);
       }
     };
-    for_slots(runtime, channels, thread_slots(runtime, channels, depthwise_flops(p)), body);
+    for_slots(runtime, channels, thread_slots(runtime.threads, channels, depthwise_flops(p)), body);
   }
 
   static PlanePair<S> planes_of(const DepthwiseProblem& p, int64_t channel, int64_t image) {

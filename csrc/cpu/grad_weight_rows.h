@@ -130,7 +130,7 @@ struct RowsGradWeight {
       }
     };
     const int64_t tasks = plan.slabs * plan.chunks;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
+    for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, depthwise_flops(p)), body);
     finish(p, plan, partial);
   }
 

@@ -172,7 +172,7 @@ struct Lines {
       }
     };
     const int64_t tasks = lines * cuts;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
+    for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, depthwise_flops(p)), body);
   }
 
   // Vectors [v, last) of the outputs of a line.

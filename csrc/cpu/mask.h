@@ -43,7 +43,7 @@ struct FlatMask {
         narrow_row<S>(static_cast<S*>(p.grad_x.data) + first, gradient, length);
       }
     };
-    for_slots(runtime, runs, thread_slots(runtime, runs, 8 * count), body);
+    for_slots(runtime, runs, thread_slots(runtime.threads, runs, 8 * count), body);
   }
 };
 
@@ -85,7 +85,7 @@ struct RowsMask {
       }
     };
     const int64_t tasks = p.batch * size[0] * size[1] * chunks;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, 8 * numel(p.batch, p.channels, p.window.out)), body);
+    for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, 8 * numel(p.batch, p.channels, p.window.out)), body);
   }
 };
 

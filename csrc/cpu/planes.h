@@ -127,7 +127,7 @@ struct Planes {
         }
       }
     };
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, depthwise_flops(p)), body);
+    for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, depthwise_flops(p)), body);
   }
 };
 

@@ -114,7 +114,7 @@ struct ProductBuffers {
     if (p.packed) return static_cast<const A*>(p.packed);
     A* packed = take<A>(arena, packed_values(p));
     auto body = [&](int64_t panel, int64_t end, int64_t) { pack(packed, p, panel, end); };
-    for_slots(runtime, panels(p), thread_slots(runtime, panels(p), kPackFlops * packed_values(p)), body);
+    for_slots(runtime, panels(p), thread_slots(runtime.threads, panels(p), kPackFlops * packed_values(p)), body);
     return packed;
   }
 
@@ -243,7 +243,7 @@ struct Pointwise {
       Product::end();
       if (output.streamed) end_stream();
     };
-    for_slots(runtime, tasks * apart, thread_slots(runtime, tasks * apart, pointwise_flops(p)), body);
+    for_slots(runtime, tasks * apart, thread_slots(runtime.threads, tasks * apart, pointwise_flops(p)), body);
   }
 };
 
@@ -323,7 +323,7 @@ struct PointwiseGradWeight {
       }
     };
     const int64_t tasks = plan.groups * plan.blocks;
-    for_slots(runtime, tasks, thread_slots(runtime, tasks, pointwise_flops(p)), body);
+    for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, pointwise_flops(p)), body);
   }
 
   // Adds the columns of [positions][count] to the totals.
@@ -405,7 +405,7 @@ struct Fused {
       if (output.streamed) end_stream();
     };
     const int64_t flops = depthwise_flops(dw) + pointwise_flops(pw);
-    for_slots(runtime, tasks * apart, thread_slots(runtime, tasks * apart, flops), body);
+    for_slots(runtime, tasks * apart, thread_slots(runtime.threads, tasks * apart, flops), body);
   }
 
   // The depthwise values of a box as rows of A: by strips where there are rows enough, else two rows of the map at a time

@@ -7,8 +7,9 @@ namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kTaskFlops = 1 << 20;  // about 20 us of work: less is not worth a thread
 
-DSCONV_INLINE int64_t thread_slots(const Runtime& runtime, int64_t tasks, int64_t flops) {
-  return max64(1, min64(min64(runtime.threads, tasks), flops / kTaskFlops));
+// Of so many threads, those that the work is worth.
+DSCONV_INLINE int64_t thread_slots(int64_t threads, int64_t tasks, int64_t flops) {
+  return max64(1, min64(min64(threads, tasks), flops / kTaskFlops));
 }
 // As many tasks as threads may want: by the work alone, where the results depend on how it is cut.
 DSCONV_INLINE int64_t wanted_tasks(int64_t flops, int64_t most) { return min64(most, flops / kTaskFlops); }
