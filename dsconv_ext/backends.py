@@ -123,8 +123,9 @@ def empty_cache() -> None:
 
     On a CPU under Linux, outputs and gradients of 1 MiB or more lie in memory of the library, which keeps it when a
     tensor is freed and gives it to a later one of about the same size. The system may take most of it back meanwhile
-    (``MADV_FREE``), and what no tensor has wanted for long is given back without being asked. ``DSCONV_CPU_CACHE=0``
-    in the environment leaves all memory to PyTorch. PyTorch cannot resize the storage of such a tensor.
+    (``MADV_FREE``). What no tensor has wanted for long is given back without being asked, and so is what exceeds four
+    times the memory that was in use at one time. ``DSCONV_CPU_CACHE=0`` in the environment leaves all memory to
+    PyTorch. PyTorch cannot resize the storage of such a tensor.
 
     Examples
     --------

@@ -161,6 +161,19 @@ assert resident() < before - 50 * MEBI
     )
 
 
+def test_what_waits_is_bounded_by_what_was_in_use(run):
+    run(
+        """
+before = resident()
+for channels in range(64, 1024, 32):  # 4 to 62 MiB, each larger than all before; together 990 MiB
+    apply(channels)
+assert resident() < before + 5.5 * 64 * MEBI, (resident() - before) / MEBI
+""",
+        MALLOC_TRIM_THRESHOLD_="0",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
+
+
 def test_threads(run):
     """Outputs made and freed by many threads at once, some of them freed by another one."""
     run("""

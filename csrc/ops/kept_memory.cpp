@@ -4,10 +4,12 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -23,6 +25,7 @@ constexpr int64_t kHugePage = 2 << 20, kLine = 64;
 constexpr int64_t kPlaces = 16;
 constexpr int64_t kPatience = 1024;  // in tensors that asked for memory meanwhile
 constexpr int64_t kInspection = 64;
+constexpr int64_t kMostWaiting = 4;  // times the bytes that were in use at one time: layers of a network differ in size
 
 struct Block {
   char* begin;
@@ -56,15 +59,14 @@ class KeptMemory {
     std::vector<Block> idle;
     if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
       ++clock_;
-      if (const auto it = waiting_.lower_bound(least); it != waiting_.end() && it->first <= least + least / 4) {
-        block = it->second.block;
-        waiting_.erase(it);
-      }
+      if (const auto it = waiting_.lower_bound(least); it != waiting_.end() && it->first <= least + least / 4)
+        block = remove(it);
       if (clock_ % kInspection == 0) idle = remove_idle(kPatience);
     }
     for (const Block& old : idle) unmap(old);
     if (!block.begin) block = map_block(round_up(least, step));
     if (!block.begin) return nullptr;
+    live_bytes_ += block.bytes;
     char* const data = block.begin + (1 + place_++ % kPlaces) * kLine;
     std::memcpy(data - kLine, &block, sizeof block);
     return data;
@@ -74,11 +76,17 @@ class KeptMemory {
     Block block;
     std::memcpy(&block, static_cast<char*>(data) - kLine, sizeof block);
     if (whole_pages(block) > 0) madvise(block.begin, whole_pages(block), MADV_FREE);
+    const int64_t live_bytes = live_bytes_.fetch_sub(block.bytes);
+    std::vector<Block> removed;
     if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
+      most_bytes_ = max64(most_bytes_, live_bytes);
       waiting_.insert({block.bytes, {block, clock_}});
+      waiting_bytes_ += block.bytes;
+      while (waiting_bytes_ > kMostWaiting * most_bytes_) removed.push_back(remove(oldest()));
     } else {
-      unmap(block);
+      removed.push_back(block);
     }
+    for (const Block& old : removed) unmap(old);
   }
 
   void empty() {
@@ -96,22 +104,32 @@ class KeptMemory {
     int64_t since;
   };
 
+  using Blocks = std::multimap<int64_t, Waiting>;  // by size
+
+  Blocks::iterator oldest() {
+    return std::min_element(waiting_.begin(), waiting_.end(),
+                            [](const auto& a, const auto& b) { return a.second.since < b.second.since; });
+  }
+  Block remove(Blocks::iterator it) {
+    const Block block = it->second.block;
+    waiting_bytes_ -= block.bytes;
+    waiting_.erase(it);
+    return block;
+  }
   std::vector<Block> remove_idle(int64_t patience) {
     std::vector<Block> removed;
     for (auto it = waiting_.begin(); it != waiting_.end();) {
-      if (clock_ - it->second.since >= patience) {
-        removed.push_back(it->second.block);
-        it = waiting_.erase(it);
-      } else {
-        ++it;
-      }
+      const auto next = std::next(it);
+      if (clock_ - it->second.since >= patience) removed.push_back(remove(it));
+      it = next;
     }
     return removed;
   }
 
   std::mutex mutex_;
-  std::multimap<int64_t, Waiting> waiting_;  // by size
-  int64_t clock_ = 0;
+  Blocks waiting_;
+  int64_t waiting_bytes_ = 0, most_bytes_ = 0, clock_ = 0;  // most: of what lived at the same time
+  std::atomic<int64_t> live_bytes_ = 0;
   std::atomic<uint32_t> place_ = 0;
 };
 

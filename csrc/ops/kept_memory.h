@@ -2,8 +2,8 @@
 //
 // C libraries map the memory of a large tensor when it is made and unmap it when it is freed. Each page of a new mapping is
 // a fault and is cleared, and all that takes longer than most depthwise convolutions. Here a freed block waits for another
-// tensor of about its size, and is unmapped when none has come for long. It consists of huge pages as far as it fills them,
-// and the system may take those back while they wait (MADV_FREE).
+// tensor of about its size, and is unmapped when none has come for long, or when much more waits than was in use at one
+// time. It consists of huge pages as far as it fills them, and the system may take those back while they wait (MADV_FREE).
 #pragma once
 
 #include <cstdint>
