@@ -99,6 +99,7 @@ struct Rows {
   static bool narrows(const DepthwiseProblem& p) {
     return kNarrows<S> && RowStage<S>::is_plain(input_of(p), input_map(p));
   }
+  // (What cuts its own tasks, as planes and lines do, asks for one thread.)
   static Plan plan_of(const DepthwiseProblem& p, int threads = 1) {
     if (is_large<S>(p) && !is_large<S>(p, kStripBytes)) {
       const Plan plan = plan_of(p, threads, false);

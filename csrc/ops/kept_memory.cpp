@@ -12,6 +12,8 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "geometry.h"
@@ -141,15 +143,18 @@ KeptMemory& kept() {
 
 bool is_wanted() {
   static const bool wanted = [] {
-    const char* const value = std::getenv("DSCONV_CPU_CACHE");
-    return !value || std::strcmp(value, "0") != 0;
+    const char* const variable = std::getenv("DSCONV_CPU_CACHE");
+    const std::string value = variable ? variable : "";
+    if (value != "" && value != "0" && value != "1")
+      throw std::runtime_error("DSCONV_CPU_CACHE: got '" + value + "', expected 0 or 1");
+    return value != "0";
   }();
   return wanted;
 }
 
 }  // namespace
 
-void* take_memory(int64_t bytes) { return bytes >= kSmallest && is_wanted() ? kept().take(bytes) : nullptr; }
+void* take_memory(int64_t bytes) { return is_wanted() && bytes >= kSmallest ? kept().take(bytes) : nullptr; }
 void keep_memory(void* data) { kept().keep(data); }
 void empty_cache() { kept().empty(); }
 
