@@ -98,6 +98,7 @@ struct TileProduct : Bf16Operands {
     alignas(kBlockBytes) T sums[amx::kBlock * kColumns];
     for (int64_t first = 0; first < rows; first += kRowBlock) {
       const int64_t end = min64(first + kRowBlock, rows);
+      e.ahead.lines(first, end - first, 1).fetch();
       amx::multiply(bits(a + first * lda), lda, bits(panel), ceil_div(depth, kStep), end - first > kTile,
                     e.columns > kTile, sums);
       int64_t row = first;

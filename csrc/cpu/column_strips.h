@@ -6,7 +6,7 @@
 // taps for every two rows.) The sums are the same to the bit.
 //
 // Where columns are a power of two apart, the lines that such a strip reads come from a few sets of each cache and one bank
-// of the L2, at half the rate. There, strips of stride 2 are narrower and take two vectors at a time, and taps from memory.
+// of the L2, at half the rate. There, strips are narrower and take two vectors at a time, and taps from memory.
 #pragma once
 
 #include "row_blocks.h"
@@ -18,7 +18,6 @@ namespace dsconv::cpu::DSCONV_ISA {
 template <class S, int kTaps, int kStride, int kVectors, int kPixels, class T = Compute<S>>
 static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   constexpr int kL = kLanes<T>, kLive = ceil_div(kTaps, kStride), kColumns = (kPixels - 1) * kStride + kTaps;
-  static_assert(kVectors == 1 || !kIsPaired<S>);
   const StripRows rows = row.strip;
   const int64_t low = rows.low, high = rows.high, count = rows.count;
   const int64_t from = ceil_div(max64(low, 0), kStride), to = min64(count, floor_div(high, kStride));  // without checks
@@ -37,18 +36,18 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
     });
     const char* x = reinterpret_cast<const char*>(columns + c[0]);
     int64_t y = c[0];
-    Vec<T> w[kTaps][kTaps];
-    [[maybe_unused]] PairedTaps<kTaps> paired[kTaps];
-    if constexpr (kCount == 1) {
-      unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
-        constexpr int u = i / kTaps, t = i % kTaps;
-        w[u][t] = load_once(weights + i * kL);
-        if constexpr (kIsPaired<S>) paired[u].set(t, w[u][t]);
-      });
-    }
+    [[maybe_unused]] Vec<T> w[kTaps][kTaps];
+    [[maybe_unused]] PairedTaps<kTaps> paired[kCount][kTaps];
+    unroll<kCount * kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int v = i / (kTaps * kTaps), u = i / kTaps % kTaps, t = i % kTaps;
+      const T* const weight = weights + v * row.weight_block + (u * kTaps + t) * kL;
+      if constexpr (kIsPaired<S>) paired[v][u].set(t, load_once(weight));
+      else if constexpr (kCount == 1) w[u][t] = load_once(weight);
+    });
     const auto tap = [&]<int v, int u, int t>() __attribute__((always_inline)) {
-      if constexpr (kCount == 1) return w[u][t];
-      return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
+      if constexpr (kIsPaired<S>) return paired[v][u].tap[t];
+      else if constexpr (kCount == 1) return w[u][t];
+      else return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
     };
     // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
@@ -72,15 +71,21 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
         };
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           if constexpr (kIsPaired<S>) {
-            const auto at = [&]<int column>() __attribute__((always_inline)) {
-              return reinterpret_cast<const S*>(x + column * step);
-            };
-            const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
-              meet.template operator()<0, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
-                multiply_pairs(to, pair, paired[u].pair[t]);
-              });
-            };
-            for_pairs<S, kTaps, kStride, kPixels, true>(at, inside, one, two);
+            unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+              const char* from = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));
+              const auto at = [&]<int column>() __attribute__((always_inline)) {
+                return reinterpret_cast<const S*>(from + column * step);
+              };
+              const auto single = [&]<int p, int t>(Vec<T> value) __attribute__((always_inline)) {
+                one.template operator()<p, t, v>(value);
+              };
+              const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
+                meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
+                  multiply_pairs(to, pair, paired[v][u].pair[t]);
+                });
+              };
+              for_pairs<S, kTaps, kStride, kPixels, true>(at, inside, single, two);
+            });
           } else {
             unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
               const char* at[kColumns / 3 + 1];
@@ -134,7 +139,8 @@ struct StripKernels {
   template <class S, int kTaps, int kStride, int kVectors>
   static constexpr StripKernels make() {
     // Of the 32 registers, pairs of taps take some, and accumulators of two vectors twice as many.
-    constexpr int kWide = kVectors > 1 || (kIsPaired<S> && kStride == 1) ? 5 : kMost;
+    constexpr bool kPairs = kIsPaired<S> && kStride == 1;
+    constexpr int kWide = kVectors > 1 ? (kStride == 1 ? 4 : 5) : kPairs ? 5 : kMost;
     constexpr int kNarrow = (kWide + 1) / 2;
     StripKernels k{kTaps, kStride, kVectors, kNarrow, kWide, {}};
     unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
@@ -153,7 +159,7 @@ struct StripKernels {
   }
 };
 
-// Those that read S and take `vectors` at a time, or else one; null if there are none. Defined in block_kernels.inc.
+// Those that read S and take `vectors` (1 or 2) at a time; null if there are none. Defined in block_kernels.inc.
 template <class S>
 const StripKernels<Compute<S>>* strip_kernels(int64_t taps, int64_t stride, int64_t vectors);
 

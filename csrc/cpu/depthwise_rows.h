@@ -45,9 +45,9 @@ constexpr int64_t kRunBytes = 1024;
 // go past it (kStreamedBytes).
 constexpr int64_t kStripBytes = 13 << 20;
 
-// Columns whose distances are multiples of this share so few sets of a cache that strips take two vectors at a time. (Vectors
-// of half types share lines; they gain only where columns are twice as far apart.)
-constexpr int64_t kCrowdedColumn = 1024;
+// Columns whose distances are multiples of this, or of half of it where the stride is 2, share so few sets of a cache that
+// strips take two vectors at a time.
+constexpr int64_t kCrowdedColumn = 2048;
 
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
@@ -199,7 +199,8 @@ struct Rows {
     if (kTransposed && c.window.stride[1] * c.window.stride[2] > 1) return nullptr;  // phases have other windows
     if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
     if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
-    const bool crowded = plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S)) % kCrowdedColumn == 0;
+    const int64_t column = c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
+    const bool crowded = column % (kCrowdedColumn / y.apart) == 0;
     const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, crowded ? 2 : 1);
     if (!kernels) return nullptr;
     for (int64_t i = 0; i < c.phases(2); ++i) {
@@ -209,15 +210,6 @@ struct Rows {
       if (low > 1 || (x.count - 1) * x.apart + x.taps - high > 1) return nullptr;
     }
     return kernels;
-  }
-  // Do inputs and outputs of many columns have the same place in a page? Processors then take a load for one of an output
-  // that is not stored yet, and strips load much more after they have stored than blocks do. (Those of pairs of columns give
-  // other bits, which must not depend on a place.)
-  static bool collide(const View& from, const View& to) {
-    const int64_t column = from.stride[4] * static_cast<int64_t>(sizeof(S)), unit = min64(column & -column, 4096);
-    const auto apart = reinterpret_cast<uintptr_t>(to.data) - reinterpret_cast<uintptr_t>(from.data);
-    return !kIsPaired<S> && unit >= 1024 &&
-           (apart + kBlockBytes - 1) % static_cast<uint64_t>(unit) < 2 * kBlockBytes - 1;
   }
   // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut only where that is not enough, or
   // would give threads unequal shares.
@@ -557,7 +549,6 @@ struct Rows {
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
     const View& to = kTransposed ? p.grad_x : p.y;
     Plan plan = plan_of(p, runtime.threads);
-    if (collide(plan.in.view, to)) plan.strips = nullptr;
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);
     const BlockRow<T> shared = shared_row(p, plan, arena);

@@ -29,6 +29,25 @@ DSCONV_INLINE V low_half(V v) {
 }
 #endif
 
+// Memory that is read after a product and is fetched meanwhile, each row a share: all at once would wait for each other.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t share = 0;  // bytes
+  static constexpr int64_t kSteps = 8;  // of a product, between fetches
+
+  // Those of rows [first, first + rows), some lines at a time.
+  struct Lines {
+    const char* next;
+    int64_t count;
+    __attribute__((always_inline)) void fetch() {
+      for (int64_t i = 0; i < count; ++i, next += kBlockBytes) __builtin_prefetch(next, 0, 2);
+    }
+  };
+  Lines lines(int64_t first, int64_t rows, int64_t times) const {
+    return {at + first * share, share > 0 ? ceil_div(rows * share, kBlockBytes * times) : 0};
+  }
+};
+
 // What becomes of the rows of one panel of a product: y = activation(product + bias + residual), stored as Y.
 template <class T, class Y = T>
 struct Epilogue {
@@ -40,6 +59,7 @@ struct Epilogue {
   int64_t residual_step = 0;
   ActivationSpec activation = {Activation::none, 0};
   bool streamed = false;  // past the caches; whole cache lines only
+  Ahead ahead = {};
 };
 
 // The rest of it, from row `first` on, for sums that begin with the bias.
@@ -107,19 +127,24 @@ static void multiply_rows(const typename Steps::A* a, int64_t lda, const typenam
       for (int64_t i = 0; i < e.columns; i += kBlock<Y>) __builtin_prefetch(e.y + (first + r) * e.y_step + i, 1);
     });
   }
-  for (int64_t k = 0, end = Steps::count(depth); k < end; ++k) {
-    Vec<T> b[kVectors];
-    unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = Steps::weights(panel, k, v); });
-    unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
-      if constexpr (kWhole == 0) {
-        Steps::multiply(half[r], Steps::template value<Half>(a, lda, r, k), low_half(b[0]));
-      } else {
-        const auto value = Steps::template value<Vec<T>>(a, lda, r, k);
-        unroll<kWhole>([&]<int v>()
-                           __attribute__((always_inline)) { Steps::multiply(acc[r * kVectors + v], value, b[v]); });
-        if constexpr (kHalf) Steps::multiply(half[r], low_half(value), low_half(b[kWhole]));
-      }
-    });
+  const int64_t end = Steps::count(depth), stretch = e.ahead.share > 0 ? Ahead::kSteps : max64(end, 1);
+  Ahead::Lines lines = e.ahead.lines(first, kRows, ceil_div(end, stretch));
+  for (int64_t k = 0; k < end;) {
+    lines.fetch();
+    for (const int64_t stop = min64(end, k + stretch); k < stop; ++k) {
+      Vec<T> b[kVectors];
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = Steps::weights(panel, k, v); });
+      unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
+        if constexpr (kWhole == 0) {
+          Steps::multiply(half[r], Steps::template value<Half>(a, lda, r, k), low_half(b[0]));
+        } else {
+          const auto value = Steps::template value<Vec<T>>(a, lda, r, k);
+          unroll<kWhole>([&]<int v>()
+                             __attribute__((always_inline)) { Steps::multiply(acc[r * kVectors + v], value, b[v]); });
+          if constexpr (kHalf) Steps::multiply(half[r], low_half(value), low_half(b[kWhole]));
+        }
+      });
+    }
   }
   if constexpr (kHalf)
     unroll<kRows>([&]<int r>() __attribute__((always_inline)) { acc[r * kVectors + kWhole] = from_half(half[r]); });

@@ -32,6 +32,26 @@ DSCONV_INLINE int64_t row_stride(int64_t depth) {
   return whole + (whole * static_cast<int64_t>(sizeof(A)) % 256 == 0 ? kBlock<A> : 0);
 }
 
+// The rows of an input that the tile after `tile` is the first to read (of all images), through windows or through none, as
+// one piece of memory. Nothing where they are no such piece, and where so small an input stays in a cache.
+constexpr int64_t kNearBytes = 13 << 20;
+template <class S>
+static Ahead rows_ahead(const View& x, int64_t channels, const Window& w, int64_t batch, const TilePlan& plan,
+                        int64_t tile) {
+  const int64_t row = w.in[2] * x.stride[4], next = tile + 1;
+  const bool plain = x.stride[1] == 1 && x.stride[4] == channels && x.stride[3] == row && w.in[0] == 1;
+  if (!plain || numel(batch, channels, w.in) * static_cast<int64_t>(sizeof(S)) <= kNearBytes) return {};
+  if (next >= batch * plan.tiles) return {};
+  const auto rows_of = [&](int64_t tile) {  // up to the last one that it reads
+    const Box box = tile_box(plan, w.out, tile % plan.tiles);
+    const int64_t last = (box.origin[1] + box.extent[1] - 1) * w.stride[1] - w.pad[1] + (w.taps[1] - 1) * w.dilation[1];
+    return min64(max64(last + 1, 0), w.in[1]);
+  };
+  const int64_t first = next % plan.tiles > 0 ? rows_of(tile) : 0, count = max64(rows_of(next) - first, 0);
+  const S* const at = static_cast<const S*>(x.data) + next / plan.tiles * x.stride[0] + first * row;
+  return {reinterpret_cast<const char*>(at), count * row * static_cast<int64_t>(sizeof(S))};
+}
+
 // One row of columns of a tensor: data, and the elements between channels and columns.
 template <class S>
 struct BoxRow {
@@ -165,12 +185,15 @@ struct PanelOutput {
     bias = padded;
   }
 
-  // Panels [first, last) of one task, whose rows of A are ready; buffers.c holds a panel of outputs.
+  // Panels [first, last) of one task, whose rows of A are ready; buffers.c holds a panel of outputs. `next` (its share is all
+  // of it) is fetched meanwhile.
   void multiply(const ProductBuffers<Product>& buffers, const typename Product::A* panels, int64_t image,
-                const Box& box, int64_t first, int64_t last) const {
+                const Box& box, int64_t first, int64_t last, const Ahead& next) const {
     const int64_t lda = row_stride<typename Product::A>(p.in_channels), rows = product(box.extent);
     T* const c = buffers.c;
+    const int64_t share = next.share / (rows * max64(last - first, 1));
     for (int64_t i = first; i < last; ++i) {
+      const Ahead ahead{next.at + (i - first) * rows * share, share};
       const int64_t k = i * kColumns;
       const auto* panel = panels + i * Product::panel_values(p.in_channels);
       if (direct) {
@@ -179,11 +202,13 @@ struct PanelOutput {
         e.residual_step = p.residual.stride[4];
         e.activation = p.activation;
         e.streamed = streamed;
+        e.ahead = ahead;
         Product::multiply(buffers.a, lda, rows, panel, p.in_channels, e);
         continue;
       }
       Epilogue<T> e{c, kColumns, kColumns, bias + k};
       e.activation = p.activation;
+      e.ahead = ahead;
       if (p.residual.data) {
         gather_rows<S>(c, kColumns, p.residual, image, k, p.out_channels, box);
         e.residual = c;
@@ -202,13 +227,13 @@ struct PanelOutput {
   }
 };
 
-// fn(image, box, first panel, last panel) for the tasks, `apart` parts each, of which parts [part, end) are.
+// fn(task, box, first panel, last panel) for the tasks, `apart` parts each, of which parts [part, end) are.
 template <class Fn>
 DSCONV_INLINE void for_panels(const PointwiseProblem& p, const TilePlan& plan, int64_t panels, int64_t part,
                               int64_t end, int64_t apart, Fn fn) {
   while (part < end) {
     const int64_t task = part / apart, first = part % apart, last = min64(apart, first + end - part);
-    fn(task / plan.tiles, tile_box(plan, p.size, task % plan.tiles), panels * first / apart, panels * last / apart);
+    fn(task, tile_box(plan, p.size, task % plan.tiles), panels * first / apart, panels * last / apart);
     part += last - first;
   }
 }
@@ -229,16 +254,19 @@ struct Pointwise {
     const auto* panels = Buffers::packed_weights(p, runtime, arena);
     const int64_t input_bytes = numel(p.batch, p.in_channels, p.size) * static_cast<int64_t>(sizeof(S));
     const Output output(p, input_bytes, arena);
+    const Window window{{p.size[0], p.size[1], p.size[2]}, {p.size[0], p.size[1], p.size[2]}, {1, 1, 1}, {1, 1, 1}, {}, {}};
     const int64_t tasks = p.batch * plan.tiles, apart = panels_apart(runtime, tasks, Buffers::panels(p));
     auto body = [&](int64_t part, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * Buffers::slot_bytes(p, plan)};
       const Buffers buffers(p, plan, own);
       Product::begin();
       for_panels(p, plan, Buffers::panels(p), part, end, apart,
-                 [&](int64_t image, const Box& box, int64_t first, int64_t last) {
+                 [&](int64_t task, const Box& box, int64_t first, int64_t last) {
+                   const int64_t image = task / plan.tiles;
                    Product::gather(buffers.a, row_stride<typename Product::A>(p.in_channels), p.a, image, p.in_channels,
                                    box);
-                   output.multiply(buffers, panels, image, box, first, last);
+                   output.multiply(buffers, panels, image, box, first, last,
+                                   rows_ahead<S>(p.a, p.in_channels, window, p.batch, plan, task));
                  });
       Product::end();
       if (output.streamed) end_stream();
@@ -390,7 +418,8 @@ struct Fused {
       worker.row.narrow = !kRounds && rows.delivery == Delivery::direct;
       Product::begin();
       for_panels(pw, plan, Buffers::panels(pw), part, end, apart,
-                 [&](int64_t image, const Box& box, int64_t first, int64_t last) {
+                 [&](int64_t task, const Box& box, int64_t first, int64_t last) {
+                   const int64_t image = task / plan.tiles;
                    for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
                      worker.begin(image, chunk);
                      depthwise_tile(worker, rows.c, box, buffers.a, lda);
@@ -399,7 +428,8 @@ struct Fused {
                      for (int64_t i = 0; i < product(box.extent); ++i)
                        round_row<S>(buffers.a + i * lda, pw.in_channels);
                    }
-                   output.multiply(buffers, panels, image, box, first, last);
+                   output.multiply(buffers, panels, image, box, first, last,
+                                   rows_ahead<S>(dw.x, dw.channels, dw.window, dw.batch, plan, task));
                  });
       Product::end();
       if (output.streamed) end_stream();

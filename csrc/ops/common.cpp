@@ -54,8 +54,8 @@ void check_like(const char* argument, const OptionalTensor& t, const Tensor& x, 
   if (t) check_like(argument, *t, x, sizes);
 }
 
-static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, const int64_t* size,
-                            const int64_t* stride) {
+static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, const int64_t* size, const int64_t* stride,
+                            const void* source) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -63,7 +63,7 @@ static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, con
   if (like.is_cpu()) {
     int64_t count = 1;  // these tensors have no gaps
     for (int64_t i = 0; i < rank; ++i) count *= size[i];
-    if (void* data = take_memory(count * aoti_torch_dtype_element_size(dtype))) {
+    if (void* data = take_memory(count * aoti_torch_dtype_element_size(dtype), source)) {
       const auto keep = [](void* data, void*) { keep_memory(data); };
       STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, rank, size, stride, 0, dtype, device_type, device_index,
                                                     &handle, aoti_torch_layout_strided(), nullptr, 0, keep, nullptr));
@@ -75,7 +75,7 @@ static Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t rank, con
   return Tensor(handle);
 }
 
-Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
+Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial, const Tensor* source) {
   const int64_t rank = x.dim();
   const bool channels_last = x.size(1) > 1 && x.stride(1) == 1;
   int64_t size[5], stride[5], step = channels_last ? channels : 1;
@@ -90,12 +90,12 @@ Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial) {
   stride[0] = channels_last ? step : step * max64(channels, 1);
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty_strided(x, dtype, rank, size, stride);
+  return empty_strided(x, dtype, rank, size, stride, (source ? *source : x).data_ptr());
 }
 
 Tensor empty_bytes(const Tensor& x, int64_t bytes) {
   const int64_t stride = 1;
-  return empty_strided(x, aoti_torch_dtype_uint8(), 1, &bytes, &stride);
+  return empty_strided(x, aoti_torch_dtype_uint8(), 1, &bytes, &stride, x.data_ptr());
 }
 
 const Machine& machine_of(const Tensor& x) {

@@ -30,8 +30,8 @@ void check_like(const char* argument, const Tensor& t, const Tensor& x, const In
 void check_like(const char* argument, const OptionalTensor& t, const Tensor& x, const IntList& sizes);
 
 // [N, channels, spatial] like x: channels_last when x has more than one channel and its channel stride is 1, else
-// contiguous.
-Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial);
+// contiguous. `source` is what it will be computed from, if not x (take_memory).
+Tensor empty_output(const Tensor& x, int64_t channels, const int64_t* spatial, const Tensor* source = nullptr);
 Tensor empty_bytes(const Tensor& x, int64_t bytes);
 
 // The spatial sizes of window.out as a tensor of x's rank has them.

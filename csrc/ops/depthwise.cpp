@@ -55,7 +55,7 @@ DepthwiseProblem map_problem(DType dtype, int64_t batch, int64_t channels, const
 
 Tensor masked_gradient(const char* op, DepthwiseProblem p, const Tensor& grad, const OptionalTensor& saved,
                        const Tensor& x) {
-  Tensor masked = empty_output(x, p.channels, spatial_of(x, p.window.out));
+  Tensor masked = empty_output(x, p.channels, spatial_of(x, p.window.out), &grad);
   p.grad = view_of(grad);
   p.saved = view_of(saved);
   p.grad_x = view_of(masked);
@@ -76,7 +76,7 @@ DepthwiseGradients depthwise_gradients(const char* op, DepthwiseProblem p, const
   }
   p.grad = view_of(pre_activation);
   if (need_x) {
-    gradients.x = empty_output(x, p.channels, spatial_of(x, p.window.in));
+    gradients.x = empty_output(x, p.channels, spatial_of(x, p.window.in), &pre_activation);
     p.grad_x = view_of(gradients.x);
     if (p.batch > 0) run(op, Pass::depthwise_dgrad, p, x);
   }

@@ -21,10 +21,11 @@
 namespace dsconv {
 namespace {
 
-constexpr int64_t kSmallest = 1 << 20;  // below, C libraries keep the memory
+constexpr int64_t kSmallest = 64 << 10;  // below, C libraries keep the memory
 constexpr int64_t kHugePage = 2 << 20, kLine = 64;
-// Data begins at another place in a page each time: loads wait for stores to the same place of another page.
-constexpr int64_t kPlaces = 16;
+// Loads wait for stores to the same place of another page. Where columns are a power of two apart, from 512 bytes on, all
+// of them meet if one does: data begins 5 lines further on than that, modulo 16.
+constexpr int64_t kPlaces = 16 * kLine, kApart = 5 * kLine;
 constexpr int64_t kPatience = 1024;  // in tensors that asked for memory meanwhile
 constexpr int64_t kInspection = 64;
 constexpr int64_t kMostWaiting = 4;  // times the bytes that were in use at one time: layers of a network differ in size
@@ -37,15 +38,16 @@ struct Block {
 int64_t whole_pages(const Block& block) { return block.bytes / kHugePage * kHugePage; }
 
 Block map_block(int64_t bytes) {
-  const int64_t room = bytes + kHugePage;
+  const int64_t room = bytes < kHugePage ? bytes : bytes + kHugePage;
   void* const found = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (found == MAP_FAILED) return {};
   char* const first = static_cast<char*>(found);
+  if (bytes < kHugePage) return {first, bytes};
   const int64_t before = -reinterpret_cast<intptr_t>(first) & (kHugePage - 1);
   if (before > 0) munmap(first, before);
   if (before < kHugePage) munmap(first + before + bytes, kHugePage - before);
   const Block block{first + before, bytes};
-  if (whole_pages(block) > 0) madvise(block.begin, whole_pages(block), MADV_HUGEPAGE);  // a hint: may fail
+  madvise(block.begin, whole_pages(block), MADV_HUGEPAGE);  // a hint: may fail
   return block;
 }
 
@@ -54,8 +56,8 @@ void unmap(const Block& block) { munmap(block.begin, block.bytes); }
 // Where a lock is not free, a block is mapped or unmapped: also in the child of a fork, where nobody may be left to free it.
 class KeptMemory {
  public:
-  void* take(int64_t bytes) {
-    const int64_t least = bytes + (kPlaces + 1) * kLine;
+  void* take(int64_t bytes, const void* source) {
+    const int64_t least = bytes + kPlaces + kLine;
     const int64_t step = std::bit_floor(static_cast<uint64_t>(least)) / 16;
     Block block{};
     std::vector<Block> idle;
@@ -69,7 +71,8 @@ class KeptMemory {
     if (!block.begin) block = map_block(round_up(least, step));
     if (!block.begin) return nullptr;
     live_bytes_ += block.bytes;
-    char* const data = block.begin + (1 + place_++ % kPlaces) * kLine;
+    const int64_t there = reinterpret_cast<intptr_t>(source) / kLine * kLine + kApart;
+    char* const data = block.begin + kLine + ((there - kLine) & (kPlaces - 1));
     std::memcpy(data - kLine, &block, sizeof block);
     return data;
   }
@@ -132,7 +135,6 @@ class KeptMemory {
   Blocks waiting_;
   int64_t waiting_bytes_ = 0, most_bytes_ = 0, clock_ = 0;  // most: of what lived at the same time
   std::atomic<int64_t> live_bytes_ = 0;
-  std::atomic<uint32_t> place_ = 0;
 };
 
 // Never destroyed: tensors may be freed after everything else.
@@ -154,7 +156,9 @@ bool is_wanted() {
 
 }  // namespace
 
-void* take_memory(int64_t bytes) { return is_wanted() && bytes >= kSmallest ? kept().take(bytes) : nullptr; }
+void* take_memory(int64_t bytes, const void* source) {
+  return is_wanted() && bytes >= kSmallest ? kept().take(bytes, source) : nullptr;
+}
 void keep_memory(void* data) { kept().keep(data); }
 void empty_cache() { kept().empty(); }
 
@@ -164,7 +168,7 @@ void empty_cache() { kept().empty(); }
 
 namespace dsconv {
 
-void* take_memory(int64_t) { return nullptr; }
+void* take_memory(int64_t, const void*) { return nullptr; }
 void keep_memory(void*) {}
 void empty_cache() {}
 

@@ -1,5 +1,5 @@
 // Threads that take memory, fill it, read it later and give it back, also what another thread has taken. Exits with 1 if a
-// byte is not what was written, or a block not aligned; under the sanitizers that tests/test_core.py compiles it with, any
+// byte is not what was written, or a block not where it should begin; under the sanitizers that tests/test_core.py compiles it with, any
 // other mistake ends it.
 #include "ops/kept_memory.h"
 
@@ -31,10 +31,12 @@ int wrong = 0;
 void use(int seed) {
   std::minstd_rand random(seed);
   for (int i = 0; i < 200; ++i) {
-    const int64_t bytes = (1 << 20) + random() % (6 << 20);
-    const Item item{static_cast<unsigned char*>(dsconv::take_memory(bytes)), bytes,
+    const int64_t bytes = (64 << 10) + random() % (6 << 20);
+    const Item item{static_cast<unsigned char*>(dsconv::take_memory(bytes, &random)), bytes,
                     static_cast<unsigned char>(random())};
-    const bool good = item.data && reinterpret_cast<uintptr_t>(item.data) % 64 == 0;
+    const auto place = [](const void* p) { return reinterpret_cast<uintptr_t>(p) / 64; };
+    const bool good = item.data && reinterpret_cast<uintptr_t>(item.data) % 64 == 0 &&
+                      (place(item.data) - place(&random)) % 16 == 5;
     if (good) std::memset(item.data, item.value, bytes);
     Item old{};
     {
