@@ -70,6 +70,10 @@ STRIPS = (
     "dw n1c256h14w14k3s2d1p1 nhwc act=relu6",
     "dw n2c512h27w28k3s2d1p1:0x0:1 nhwc",
     "dw n1c1024h1w9k3s2d1p1 nhwc bias=dw",
+    "dw n1c512h14w15k3s1d1p1 nhwc act=relu6",
+    "dw n2c1024h9w7k3s1d1p1 nhwc bias=dw",
+    "dw n1c512h2w2k3s1d1p1 nhwc",
+    "dw n1c256h21w22k3s1d2p2 nhwc",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
@@ -194,25 +198,15 @@ def test_strips_of_columns(line, dtype):
     check_accuracy(of_dtype(line, dtype))
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 512), (torch.bfloat16, 1024), (torch.float64, 256)])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [9, 16, 32, 40, 200, 241])
-def test_some_channels_of_columns_that_crowd_the_cache(channels):
+def test_some_channels_of_columns_that_crowd_the_cache(channels, stride, dtype, apart):
     """Strips take two vectors at a time there; the last may be alone, or overlap the one before it."""
-    x = torch.randint(-3, 4, (2, 13, 12, 256)).float()[..., 3 : 3 + channels].permute(0, 3, 1, 2)
-    weight, bias = torch.randint(-3, 4, (channels, 1, 3, 3)).float(), torch.randint(-3, 4, (channels,)).float()
-    y = F.depthwise_conv2d(x, weight, bias, 2, 1)
-    assert torch.equal(y, conv2d(x.contiguous(), weight, bias, 2, 1, groups=channels))
-
-
-def test_outputs_in_the_place_of_inputs_in_a_page():
-    """Of all places of an output against its input, one has other kernels (`collide` in csrc/cpu/depthwise_rows.h)."""
-    shape, weight = (1, 9, 11, 256), torch.randint(-3, 4, (256, 1, 3, 3)).float()
-    values = torch.randint(-3, 4, shape).permute(0, 3, 1, 2).float()
-    expected = conv2d(values, weight, padding=1, groups=256)
-    storage = torch.empty(values.numel() + 256)
-    for offset in range(0, 256, 16):
-        x = storage[offset : offset + values.numel()].view(shape).permute(0, 3, 1, 2)
-        x.copy_(values)
-        assert torch.equal(F.depthwise_conv2d(x, weight, padding=1), expected)
+    x = torch.randint(-3, 4, (2, 13, 12, apart)).to(dtype)[..., 3 : 3 + channels].permute(0, 3, 1, 2)
+    weight, bias = torch.randint(-3, 4, (channels, 1, 3, 3)).to(dtype), torch.randint(-3, 4, (channels,)).to(dtype)
+    y = F.depthwise_conv2d(x, weight, bias, stride, 1)
+    assert torch.equal(y, conv2d(x.contiguous(), weight, bias, stride, 1, groups=channels))
 
 
 @pytest.mark.parametrize("line", PAIRED)

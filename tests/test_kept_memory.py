@@ -100,8 +100,10 @@ first = None
 for value in range(1, 6):
     with torch.enable_grad():
         y = F.depthwise_conv2d(x, weight)
-        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, value))
+        given = torch.full_like(y, value)
+        (grad,) = torch.autograd.grad(y, x, given)
     assert (grad == value).all() and (y == 1).all()
+    assert [(b.data_ptr() - a.data_ptr()) % 1024 // CACHE_LINE for a, b in [(x, y), (given, grad)]] == [5, 5]
     blocks = {tensor.data_ptr() // (2 * MEBI) for tensor in (y, grad)}
     first = first or blocks
     assert len(blocks) == 2 and blocks == first
@@ -113,7 +115,7 @@ def test_small_outputs_and_a_cache_that_is_off_leave_it_to_pytorch(python, libra
     program = (
         BASE
         + """
-small, large = apply(15), apply(16)
+small, large = apply(15, 32), apply(16, 32)  # 60 and 64 KiB
 def resizes(y):
     try:
         y.untyped_storage().resize_(0)
