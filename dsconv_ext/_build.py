@@ -77,7 +77,7 @@ def isa_of(source: str) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    """Every source of the library, relative to the repository root: the one that compiles longest first, others sorted."""
+    """Every source of the library, relative to the repository root: what compiles longest first, the others sorted."""
     patterns = ["*.cpp", "ops/*.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if cuda else [])
     found = [str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern)]
     found.sort(key=lambda source: (not source.startswith("csrc/cpu/planes_"), source))

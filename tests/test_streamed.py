@@ -79,3 +79,20 @@ def test_separable(fuse, outputs, dtype, layout):
     middle = TF.conv2d(x.float(), depthwise.float(), None, 1, 1, 1, c)
     expected = TF.conv2d(middle, pointwise.float(), bias.float()) + residual.float()
     assert torch.equal(y.float(), expected.relu())
+
+
+@dtypes
+@pytest.mark.parametrize("fuse", ["always", "never"])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "padding"), [(1, 1, 1), (2, 1, 0), (1, 3, 0), ((3, 1), 1, (5, 1))], ids=str
+)
+def test_tiles_that_fetch_the_input_of_the_next(stride, dilation, padding, fuse, dtype):
+    torch.manual_seed(0)
+    n = {2: 6, 4: 3, 8: 2}[dtype.itemsize]
+    x = small_integers(n, 48, 170, 161, dtype=dtype).to(memory_format=torch.channels_last)
+    assert x.nbytes > 13 << 20
+    depthwise, pointwise = small_integers(48, 1, 3, 3, dtype=dtype), small_integers(8, 48, 1, 1, dtype=dtype)
+    pointwise *= (torch.arange(48) % 12 == 0).view(1, 48, 1, 1)
+    y = F.separable_conv2d(x, depthwise, pointwise, None, None, stride, padding, dilation, fuse=fuse)
+    middle = TF.conv2d(x.float(), depthwise.float(), None, stride, padding, dilation, 48)
+    assert torch.equal(y.float(), TF.conv2d(middle, pointwise.float()))

@@ -42,12 +42,12 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
       constexpr int v = i / (kTaps * kTaps), u = i / kTaps % kTaps, t = i % kTaps;
       const T* const weight = weights + v * row.weight_block + (u * kTaps + t) * kL;
       if constexpr (kIsPaired<S>) paired[v][u].set(t, load_once(weight));
-      else if constexpr (kCount == 1) w[u][t] = load_once(weight);
+      if constexpr (!kIsPaired<S> && kCount == 1) w[u][t] = load_once(weight);
     });
     const auto tap = [&]<int v, int u, int t>() __attribute__((always_inline)) {
       if constexpr (kIsPaired<S>) return paired[v][u].tap[t];
-      else if constexpr (kCount == 1) return w[u][t];
-      else return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
+      if constexpr (kCount == 1) return w[u][t];
+      return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
     };
     // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
@@ -76,9 +76,8 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
               const auto at = [&]<int column>() __attribute__((always_inline)) {
                 return reinterpret_cast<const S*>(from + column * step);
               };
-              const auto single = [&]<int p, int t>(Vec<T> value) __attribute__((always_inline)) {
-                one.template operator()<p, t, v>(value);
-              };
+              const auto single = [&]<int p, int t>(Vec<T> value)
+                                      __attribute__((always_inline)) { one.template operator()<p, t, v>(value); };
               const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
                 meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
                   multiply_pairs(to, pair, paired[v][u].pair[t]);

@@ -114,8 +114,13 @@ struct Rows {
     if (to.stride[1] != 1) return plan_of(p, Delivery::rows, streamed && to.stride[4] == 1, slots);
     if (!RowStage<S>::is_plain(to, map) || !(narrows(p) || sizeof(S) == sizeof(T)))
       return plan_of(p, Delivery::staged, streamed, slots);
-    const bool whole_lines = kLanes<T> * sizeof(S) == kBlockBytes && has_whole_lines<S>(to, map.count);
-    return plan_of(p, streamed && !whole_lines ? Delivery::staged : Delivery::direct, streamed, slots);
+    // Blocks that store whole lines stream them, others leave that to `put`. Half types whose pixels share lines would make
+    // many short runs: they are better written through the caches.
+    const bool whole_lines = has_whole_lines<S>(to, map.count), half = sizeof(S) < sizeof(T);
+    const bool direct = half ? !whole_lines : whole_lines && kLanes<T> * sizeof(S) == kBlockBytes;
+    Plan plan = plan_of(p, streamed && !direct ? Delivery::staged : Delivery::direct, streamed, slots);
+    if (half && !whole_lines) plan.streamed = false;
+    return plan;
   }
   // Channels are cut into as many chunks as `slots` threads take to have equal shares, or the cache.
   static Plan plan_of(const DepthwiseProblem& p, Delivery delivery, bool streamed, int64_t slots) {

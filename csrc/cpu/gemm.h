@@ -32,7 +32,7 @@ DSCONV_INLINE V low_half(V v) {
 // Memory that is read after a product and is fetched meanwhile, each row a share: all at once would wait for each other.
 struct Ahead {
   const char* at = nullptr;
-  int64_t share = 0;  // bytes
+  int64_t share = 0;                    // bytes
   static constexpr int64_t kSteps = 8;  // of a product, between fetches
 
   // Those of rows [first, first + rows), some lines at a time.

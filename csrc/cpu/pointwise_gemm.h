@@ -254,7 +254,8 @@ struct Pointwise {
     const auto* panels = Buffers::packed_weights(p, runtime, arena);
     const int64_t input_bytes = numel(p.batch, p.in_channels, p.size) * static_cast<int64_t>(sizeof(S));
     const Output output(p, input_bytes, arena);
-    const Window window{{p.size[0], p.size[1], p.size[2]}, {p.size[0], p.size[1], p.size[2]}, {1, 1, 1}, {1, 1, 1}, {}, {}};
+    const Window window{
+        {p.size[0], p.size[1], p.size[2]}, {p.size[0], p.size[1], p.size[2]}, {1, 1, 1}, {1, 1, 1}, {}, {}};
     const int64_t tasks = p.batch * plan.tiles, apart = panels_apart(runtime, tasks, Buffers::panels(p));
     auto body = [&](int64_t part, int64_t end, int64_t slot) {
       Arena own{arena.next + slot * Buffers::slot_bytes(p, plan)};

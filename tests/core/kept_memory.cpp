@@ -35,8 +35,8 @@ void use(int seed) {
     const Item item{static_cast<unsigned char*>(dsconv::take_memory(bytes, &random)), bytes,
                     static_cast<unsigned char>(random())};
     const auto place = [](const void* p) { return reinterpret_cast<uintptr_t>(p) / 64; };
-    const bool good = item.data && reinterpret_cast<uintptr_t>(item.data) % 64 == 0 &&
-                      (place(item.data) - place(&random)) % 16 == 5;
+    const bool good =
+        item.data && reinterpret_cast<uintptr_t>(item.data) % 64 == 0 && (place(item.data) - place(&random)) % 16 == 5;
     if (good) std::memset(item.data, item.value, bytes);
     Item old{};
     {
