@@ -209,6 +209,12 @@ def test_some_channels_of_columns_that_crowd_the_cache(channels, stride, dtype, 
     assert torch.equal(y, conv2d(x.contiguous(), weight, bias, stride, 1, groups=channels))
 
 
+def test_strides_beyond_everything():
+    x, weight = torch.randn(1, 16, 5, 5).to(memory_format=torch.channels_last), torch.randn(16, 1, 3, 3)
+    expected = conv2d(x, weight, stride=5000, padding=1, groups=16)
+    torch.testing.assert_close(F.depthwise_conv2d(x, weight, stride=5000, padding=1), expected)
+
+
 @pytest.mark.parametrize("line", PAIRED)
 def test_columns_in_pairs(line):
     check_exact(Case.parse(line))

@@ -205,7 +205,7 @@ struct Rows {
     if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
     if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
     const int64_t column = c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
-    const bool crowded = column % (kCrowdedColumn / y.apart) == 0;
+    const bool crowded = column % (y.apart == 1 ? kCrowdedColumn : kCrowdedColumn / 2) == 0;
     const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, crowded ? 2 : 1);
     if (!kernels) return nullptr;
     for (int64_t i = 0; i < c.phases(2); ++i) {
