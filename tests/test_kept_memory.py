@@ -1,10 +1,10 @@
-"""Memory of large outputs (csrc/ops/kept_memory.h). Each test is a process of its own: the suite runs without it."""
+"""Memory of outputs (csrc/ops/kept_memory.h). Each test is a process of its own: the suite runs without keeping it."""
 
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no MADV_FREE: memory is not kept")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept under Linux alone")
 
 BASE = """
 import os

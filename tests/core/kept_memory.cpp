@@ -1,6 +1,6 @@
 // Threads that take memory, fill it, read it later and give it back, also what another thread has taken. Exits with 1 if a
-// byte is not what was written, or a block not where it should begin; under the sanitizers that tests/test_core.py compiles it with, any
-// other mistake ends it.
+// byte is not what was written, or a block does not begin where it should; under the sanitizers that tests/test_core.py
+// compiles it with, any other mistake ends it.
 #include "ops/kept_memory.h"
 
 #include <cstdio>
