@@ -47,38 +47,30 @@ class Kept:
     write through ``.data`` leaves none, nor does one to a tensor that was made in inference mode: it has no version.
     """
 
-    __slots__ = (
-        "_addresses",
-        "_aliases",
-        "_objects",
-        "_settings",
-        "_steps",
-        "_tensors",
-        "_versioned",
-        "_versions",
-        "value",
-    )
+    __slots__ = ("_aliases", "_marks", "_settings", "_steps", "value")
 
     def __init__(self, sources: Sources, settings: Any, value: Any) -> None:
         self.value = value
         self._settings = settings
         self._steps = _optimizer_steps.count
-        self._tensors = [t for t in sources if t is not None]
-        self._objects = [*map(id, sources)]
-        self._addresses = [t.data_ptr() for t in self._tensors]
-        self._aliases = [t.detach() for t in self._tensors]  # keep the memory, so that its address stays unique
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
-        self._versions = [t._version for t in self._versioned]
+        # Keep the memory, so that its address stays unique.
+        self._aliases = [t.detach() for t in sources if t is not None]
+        self._marks = [
+            (t, 0, None) if t is None else (t, t.data_ptr(), None if t.is_inference() else t._version) for t in sources
+        ]
 
     def is_current(self, sources: Sources, settings: Any) -> bool:
         """Whether the same would be made from these."""
-        return (
-            self._steps == _optimizer_steps.count
-            and [*map(id, sources)] == self._objects
-            and [t.data_ptr() for t in self._tensors] == self._addresses
-            and [t._version for t in self._versioned] == self._versions
-            and self._settings == settings
-        )
+        if self._steps != _optimizer_steps.count or self._settings != settings or len(sources) != len(self._marks):
+            return False
+        for source, (marked, address, version) in zip(sources, self._marks, strict=False):
+            if source is not marked:
+                return False
+            if source is None:
+                continue
+            if source.data_ptr() != address or (version is not None and source._version != version):
+                return False
+        return True
 
 
 def can_be_marked(sources: Sources) -> bool:

@@ -42,6 +42,21 @@ def test_the_same_bits(case):
     assert torch.equal(y, expected) and y.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("taps", [(1, 2), (3, 3), (2, 4), (5, 5), (7, 7), (3, 9), (1, 31)], ids=str)
+@pytest.mark.parametrize(("channels", "multiplier"), [(40, 1), (9, 1), (20, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_of_taps_that_are_multiplied_in_pairs(taps, channels, multiplier, stride):
+    """Packed bfloat16 weights hold rows of taps in two forms, for two kinds of kernels."""
+    x = torch.randn(2, channels, 9, 40).bfloat16()
+    weight = torch.randn(channels * multiplier, 1, *taps).bfloat16()
+    where = normalise(2, stride, (taps[0] // 2, taps[1] // 2), 1, weight.shape)
+    layer = packing.PackedLayer.of((weight, None), (None, None), channels, where, NOTHING, NOTHING)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        given = x.to(memory_format=layout)
+        expected = functional.depthwise_conv2d(given, weight, stride=stride, padding=(taps[0] // 2, taps[1] // 2))
+        assert torch.equal(layer(given), expected)
+
+
 @pytest.mark.parametrize("fuse", ["always", "never"])
 def test_explanations_name_the_same_rows(fuse):
     x, dw, pw = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)

@@ -53,13 +53,17 @@ struct Limits {
     others = !make(spec);
     high = spec.kind == Activation::relu6 ? T(6) : static_cast<T>(__builtin_inf());
   }
+  // For activations that limits make (`make`).
+  template <int kCount>
+  __attribute__((always_inline)) void bound(Vec<T>* values) const {
+    if (!any) return;
+    unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
+      values[i] = at_most(at_least(values[i], splat(low)), splat(high));
+    });
+  }
   template <int kCount>
   __attribute__((always_inline)) void apply(Vec<T>* values) const {
-    if (any) {
-      unroll<kCount>([&]<int i>() __attribute__((always_inline)) {
-        values[i] = at_most(at_least(values[i], splat(low)), splat(high));
-      });
-    }
+    bound<kCount>(values);
     if (__builtin_expect(others, false)) {
       Vec<T> copy[kCount];  // the others' address is not taken
       unroll<kCount>([&]<int i>() __attribute__((always_inline)) { copy[i] = values[i]; });

@@ -24,7 +24,7 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
   const int64_t step = row.x_step * static_cast<int64_t>(sizeof(S)), last = row.last, y_row = row.y_row;
   const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
-  const BlockOutputs<S> out(row, pixel, kPixels);
+  const BlockOutputs<S, true> out(row, pixel, kPixels);
   const Limits<T> limits(row.activation);
   const T* weights = row.weights + row.first / kL * row.weight_block;
   const auto go = [&]<int kCount>(int64_t next) __attribute__((always_inline)) {
@@ -45,7 +45,7 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
       if constexpr (!kIsPaired<S> && kCount == 1) w[u][t] = load_once(weight);
     });
     const auto tap = [&]<int v, int u, int t>() __attribute__((always_inline)) {
-      if constexpr (kIsPaired<S>) return paired[v][u].tap[t];
+      if constexpr (kIsPaired<S>) return paired[v][u].template tap<t>();
       if constexpr (kCount == 1) return w[u][t];
       return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
     };
@@ -80,10 +80,10 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
                                       __attribute__((always_inline)) { one.template operator()<p, t, v>(value); };
               const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
                 meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
-                  multiply_pairs(to, pair, paired[v][u].pair[t]);
+                  multiply_pairs(to, pair, paired[v][u].template pair<t>());
                 });
               };
-              for_pairs<S, kTaps, kStride, kPixels, true>(at, inside, single, two);
+              for_pairs<S, kTaps, kStride, kPixels, Outside::ends>(at, inside, single, two);
             });
           } else {
             unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
@@ -106,7 +106,7 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
       if (kLast < kLive || (kChecked && j < kLive - 1)) return;
       unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
         Vec<T>(&done)[kPixels] = acc[v][(k + 1) % kLive];
-        limits.template apply<kPixels>(done);
+        limits.template bound<kPixels>(done);
         out.template write<kPixels>(
             done, [&]<int p>() __attribute__((always_inline)) { return y + c[v] - c[0] + p * out.pixel; });
       });

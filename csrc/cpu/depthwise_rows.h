@@ -12,7 +12,7 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 // Weights as [block][part][tap in the correlation's order][lane]: lane l of a block is filter (c + l) * parts + part,
-// where the last block ends with the last channel.
+// where the last block ends with the last channel. For PairedBFloat16, the lower half of each tap holds the one before it.
 template <class S, class T = Compute<S>>
 static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c, int64_t channels, int64_t parts) {
   constexpr int kL = kLanes<T>;
@@ -29,6 +29,12 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
         load_taps<S>(rows, filters + part * filter, p.weight, parts * filter, p.window, lanes, t, count);
         for (int64_t i = 0; i < count; ++i) store(block + places[i], rows[i]);
       }
+    }
+  }
+  if constexpr (kIsPaired<S>) {
+    for (int64_t i = ceil_div(channels, kL) * parts * taps - 1; i > 0; --i) {
+      T* const tap = packed + i * kL;
+      store(tap, pair_of(load(tap - kL), load(tap)));
     }
   }
 }
@@ -358,8 +364,9 @@ struct Rows {
   // Weights and bias, which every worker reads.
   static BlockRow<T> shared_row(const DepthwiseProblem& p, const Plan& plan, Arena& arena) {
     BlockRow<T> row{};
-    row.weights = kTransposed ? nullptr : static_cast<const T*>(p.packed);
-    if (!row.weights) {
+    if (p.packed && !kTransposed) {
+      row.weights = static_cast<const T*>(p.packed) + (kIsPaired<S> ? packed_count(plan) : 0);
+    } else {
       T* packed = take<T>(arena, packed_count(plan));
       pack_taps<S>(packed, p, plan.c, plan.channels, plan.parts);
       row.weights = packed;
@@ -613,14 +620,21 @@ struct Rows {
   }
 };
 
+// Packed weights of bfloat16 are followed by those for pairs where a processor multiplies them.
 template <class S>
 struct RowsForward : Rows<S, false> {
-  static size_t bytes(const DepthwiseProblem& p) {
-    using T = Compute<S>;
-    return sizeof(T) * ceil_div(p.channels * p.multiplier, kLanes<T>) * kLanes<T> * product(p.window.taps);
+  static bool has_pairs() { return kRoundsBf16<S> && has_avx512_bf16; }
+  static int64_t count(const DepthwiseProblem& p) {
+    return round_up(p.channels * p.multiplier, kLanes<Compute<S>>) * product(p.window.taps);
   }
+  static size_t bytes(const DepthwiseProblem& p) { return sizeof(Compute<S>) * count(p) * (has_pairs() ? 2 : 1); }
   static void pack(const DepthwiseProblem& p, void* out) {
-    pack_taps<S>(static_cast<Compute<S>*>(out), p, Correlation::of(p.window, false), p.channels * p.multiplier, 1);
+    const auto c = Correlation::of(p.window, false);
+    auto* const packed = static_cast<Compute<S>*>(out);
+    pack_taps<S>(packed, p, c, p.channels * p.multiplier, 1);
+    if constexpr (kRoundsBf16<S>) {
+      if (has_pairs()) pack_taps<PairedBFloat16>(packed + count(p), p, c, p.channels * p.multiplier, 1);
+    }
   }
 };
 template <class S>

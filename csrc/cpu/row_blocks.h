@@ -71,7 +71,7 @@ struct BlockRow {
   void* y;                        // channel 0 of output 0: T where the blocks write it themselves and do not narrow it
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
-  const T* weights;               // [block][tap][lane]
+  const T* weights;               // [block][tap][lane], as pack_taps leaves them
   int64_t weight_block;           // elements of a block of weights
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
@@ -170,23 +170,50 @@ DSCONV_INLINE Vec<float> load_pair(const S* first, const S* second) {
 #endif
 }
 
-// A row of taps, and its pairs.
+// The columns of a block that may lie outside the tensor.
+enum class Outside { none, ends, any };
+
+// A row of taps as pack_taps leaves them: the lower half of each holds the one before it.
 template <int kTaps>
 struct PairedTaps {
-  Vec<float> tap[kTaps], pair[kTaps];
+  Vec<float> packed[kTaps], first, last;
 
   __attribute__((always_inline)) void set(int t, Vec<float> value) {
-    tap[t] = value;
-    if (t > 0) pair[t - 1] = pair_of(tap[t - 1], value);
+    packed[t] = value;
+    if (t == 0) first = second_of(value);
+    if (t == kTaps - 1) last = second_of(value);
+  }
+  template <int t>
+  __attribute__((always_inline)) Vec<float> tap() const {
+    if constexpr (t == 0) return first;
+    if constexpr (t == kTaps - 1) return last;
+    return second_of(packed[t]);
+  }
+  template <int t>  // taps t and t + 1
+  __attribute__((always_inline)) Vec<float> pair() const {
+    return packed[t + 1];
   }
 };
+
+// A tap by itself.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE Vec<T> load_tap(const T* p) {
+  if constexpr (kIsPaired<S>) return second_of(load(p));
+  return load(p);
+}
 
 // Passes to `one` and `two` what each output of a row meets in a row of the input, whose column `c` lies at
 // at.operator()<c>(): one<p, t>(value) is for tap t of output p, two<p, t>(pair) for taps t and t + 1. Taps of an output that
 // fill no pair are passed alone: a value outside its window could be infinite.
-template <class S, int kTaps, int kStride, int kPixels, bool kEdge, class At, class One, class Two>
+template <class S, int kTaps, int kStride, int kPixels, Outside outside, class At, class One, class Two>
 DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, const Two& two) {
   constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+  // Is the column read, if it is the first, the last or any other that may lie outside?
+  const auto is_read = [&]<int column>() __attribute__((always_inline)) {
+    constexpr bool kEnd = column == 0 || column == kColumns - 1;
+    if constexpr (outside == Outside::any || (outside == Outside::ends && kEnd)) return is_inside<column>(inside);
+    return true;
+  };
   const auto alone = [&]<int column>(Vec<float> value) __attribute__((always_inline)) {
     unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
       constexpr int t = column - p * kStride;
@@ -195,16 +222,10 @@ DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, cons
   };
   unroll<ceil_div(kColumns, 2)>([&]<int i>() __attribute__((always_inline)) {
     constexpr int column = 2 * i, next = column + 1;
+    const bool first = is_read.template operator()<column>();
     if constexpr (next == kColumns) {
-      if (kEdge && !is_inside<column>(inside)) return;
-      alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
-    } else {
-      if (kEdge && (~inside >> column & 3) != 0) {
-        if (is_inside<column>(inside))
-          alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
-        if (is_inside<next>(inside)) alone.template operator()<next>(load_wide<S>(at.template operator()<next>()));
-        return;
-      }
+      if (first) alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
+    } else if (const bool second = is_read.template operator()<next>(); first && second) {
       const Vec<float> both = load_pair<S>(at.template operator()<column>(), at.template operator()<next>());
       unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
         constexpr int t = column - p * kStride;
@@ -212,24 +233,27 @@ DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, cons
         if constexpr (t == -1) one.template operator()<p, 0>(second_of(both));
         if constexpr (t + 1 == kTaps) one.template operator()<p, t>(first_of(both));
       });
+    } else {
+      if (first) alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
+      if (second) alone.template operator()<next>(load_wide<S>(at.template operator()<next>()));
     }
   });
 }
 
 // Accumulates such a row for two rows of outputs or for one of them.
-template <class S, int kTaps, int kStride, bool kFirst, bool kSecond, int kPixels, bool kEdge, class At>
+template <class S, int kTaps, int kStride, bool kFirst, bool kSecond, int kPixels, Outside outside, class At>
 DSCONV_INLINE void accumulate_pairs(Vec<float>* first, Vec<float>* second, const At& at,
                                     const PairedTaps<kTaps>& first_taps, const PairedTaps<kTaps>& second_taps,
                                     uint64_t inside) {
-  for_pairs<S, kTaps, kStride, kPixels, kEdge>(
+  for_pairs<S, kTaps, kStride, kPixels, outside>(
       at, inside,
       [&]<int p, int t>(Vec<float> value) __attribute__((always_inline)) {
-        if constexpr (kFirst) first[p] += value * first_taps.tap[t];
-        if constexpr (kSecond) second[p] += value * second_taps.tap[t];
+        if constexpr (kFirst) first[p] += value * first_taps.template tap<t>();
+        if constexpr (kSecond) second[p] += value * second_taps.template tap<t>();
       },
       [&]<int p, int t>(Vec<float> pair) __attribute__((always_inline)) {
-        if constexpr (kFirst) multiply_pairs(first[p], pair, first_taps.pair[t]);
-        if constexpr (kSecond) multiply_pairs(second[p], pair, second_taps.pair[t]);
+        if constexpr (kFirst) multiply_pairs(first[p], pair, first_taps.template pair<t>());
+        if constexpr (kSecond) multiply_pairs(second[p], pair, second_taps.template pair<t>());
       });
 }
 
@@ -244,12 +268,13 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
       if constexpr (kRows == 2) w[1].set(t, load(weight1 + t * kLanes<T>));
     });
     const auto at = [&]<int column>() __attribute__((always_inline)) { return x + column * x_step; };
-    return accumulate_pairs<S, kTaps, kStride, true, kRows == 2, kPixels, kEdge>(first, second, at, w[0], w[1], inside);
+    return accumulate_pairs<S, kTaps, kStride, true, kRows == 2, kPixels, kEdge ? Outside::any : Outside::none>(
+        first, second, at, w[0], w[1], inside);
   }
   Vec<T> w[2][kTaps];
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-    w[0][t] = load(weight0 + t * kLanes<T>);
-    if constexpr (kRows == 2) w[1][t] = load(weight1 + t * kLanes<T>);
+    w[0][t] = load_tap<S>(weight0 + t * kLanes<T>);
+    if constexpr (kRows == 2) w[1][t] = load_tap<S>(weight1 + t * kLanes<T>);
   });
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !is_inside<column>(inside)) return;
@@ -309,8 +334,9 @@ struct NextBlock {
   }
 };
 
-// Where the outputs of a block go from output `pixel` on: to their places, or to the buffer.
-template <class S, class T = Compute<S>>
+// Where the outputs of a block go from output `pixel` on: to their places, or to the buffer. kDirect: to their places as S,
+// through the caches.
+template <class S, bool kDirect = false, class T = Compute<S>>
 struct BlockOutputs {
   void* y;             // of S if `narrow`, else of T
   int64_t row, pixel;  // elements between the two output rows, between outputs
@@ -319,11 +345,11 @@ struct BlockOutputs {
   __attribute__((always_inline)) BlockOutputs(const BlockRow<T>& block, int64_t first, int64_t pixels)
       : row(block.y_row),
         pixel(block.y_pixel),
-        narrow(kNarrows<S> && block.narrow),
-        streamed(kVectorBytes == kBlockBytes && block.streamed && !block.staged) {
+        narrow(kNarrows<S> && (kDirect || block.narrow)),
+        streamed(!kDirect && kVectorBytes == kBlockBytes && block.streamed && !block.staged) {
     y = narrow ? static_cast<void*>(static_cast<S*>(block.y) + first * pixel)
                : static_cast<T*>(block.y) + first * pixel;
-    if (!block.staged) return;
+    if (kDirect || !block.staged) return;
     const int64_t base = block_channel<T>(block.first, block.channels);
     pixel = block.last - base;
     row = pixels * pixel;
@@ -338,8 +364,16 @@ struct BlockOutputs {
     };
     if (streamed) {
       all(static_cast<T*>(y), [](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
-    } else if (narrow && kRoundsBf16<S> && has_avx512_bf16) {
-      all(static_cast<S*>(y), [](S* to, Vec<T> v) __attribute__((always_inline)) { store_bf16(to, v); });
+    } else if (narrow && kRoundsBf16<S> && (kIsPaired<S> || has_avx512_bf16)) {
+      unroll<ceil_div(kCount, 2)>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int one = 2 * i, other = one + 1;
+        S* const to = static_cast<S*>(y) + place.template operator()<one>();
+        if constexpr (other == kCount) {
+          store_bf16(to, values[one]);
+        } else {
+          store_bf16(to, values[one], static_cast<S*>(y) + place.template operator()<other>(), values[other]);
+        }
+      });
     } else if (narrow) {
       all(static_cast<S*>(y), [](S* to, Vec<T> v) __attribute__((always_inline)) { store_narrow(to, v); });
     } else {
@@ -443,8 +477,9 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         constexpr int q = i / kVectors, v = i % kVectors;
         if constexpr (q < kTaps) {
           unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-            w[q][t] = load_once(weights + v * weight_block + (q * kTaps + t) * kL);
-            if constexpr (kIsPaired<S>) paired[q].set(t, w[q][t]);
+            const Vec<T> packed = load_once(weights + v * weight_block + (q * kTaps + t) * kL);
+            if constexpr (kIsPaired<S>) paired[q].set(t, packed);
+            if constexpr (!kIsPaired<S>) w[q][t] = packed;
           });
         }
         if (kEdge && !is_inside<q>(rows_inside)) return;
@@ -452,7 +487,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
           constexpr bool kFirst = q < kTaps, kSecond = kRows == 2 && q >= kStride;
           const S* const row_x = x[q] + c;
           const auto at = [&]<int column>() __attribute__((always_inline)) { return row_x + column * row.x_step; };
-          return accumulate_pairs<S, kTaps, kStride, kFirst, kSecond, kPixels, kEdge>(
+          return accumulate_pairs<S, kTaps, kStride, kFirst, kSecond, kPixels, kEdge ? Outside::ends : Outside::none>(
               acc, acc + (kCount - kPixels), at, paired[min64(q, kTaps - 1)], paired[max64(q - kStride, 0)], inside);
         }
         Vec<T>* const first = acc + v * kCount;

@@ -230,7 +230,9 @@ DSCONV_INLINE Vec<T> widened(Bits<S> bits) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return bits;
   } else if constexpr (kIsBFloat16<S>) {
-#if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two
+#if DSCONV_VECTOR_BYTES == 64  // into the upper words with one instruction, not two, where registers hold its constants
+    if constexpr (kIsPaired<S>)
+      return reinterpret_cast<Vec<T>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)), 16));
     const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(bits));
     return reinterpret_cast<Vec<T>>(
         _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lane_numbers(), 16), wide));
@@ -353,6 +355,20 @@ DSCONV_INLINE void store_bf16([[maybe_unused]] S* p, [[maybe_unused]] V v) {
     __m256i bits;
     asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
     memcpy(p, &bits, sizeof bits);
+  }
+#endif
+}
+// Two of them, v at p and w at q: in the time of one.
+template <class S, class V>
+DSCONV_INLINE void store_bf16([[maybe_unused]] S* p, [[maybe_unused]] V v, [[maybe_unused]] S* q,
+                              [[maybe_unused]] V w) {
+#if DSCONV_VECTOR_BYTES == 64
+  if constexpr (kRoundsBf16<S>) {
+    __m512i bits;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(v), "v"(w));
+    const __m256i low = _mm512_castsi512_si256(bits), high = _mm512_extracti64x4_epi64(bits, 1);
+    memcpy(p, &low, sizeof low);
+    memcpy(q, &high, sizeof high);
   }
 #endif
 }
