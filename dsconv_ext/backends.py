@@ -122,10 +122,10 @@ def empty_cache() -> None:
     """Give the memory that waits for outputs back to the system, as `torch.cuda.empty_cache` does for a GPU.
 
     On a CPU under Linux, outputs and gradients of 64 KiB or more lie in memory of the library, which keeps it when a
-    tensor is freed and gives it to a later one of about the same size. The system may take most of it back meanwhile
-    (``MADV_FREE``). What no tensor has wanted for long is given back without being asked, and so is what exceeds four
-    times the memory that was in use at one time. ``DSCONV_CPU_CACHE=0`` in the environment leaves all memory to
-    PyTorch. PyTorch cannot resize the storage of such a tensor.
+    tensor is freed and gives it to a later one of about the same size. What 256 later tensors have not wanted, the
+    system may take back (``MADV_FREE``); what 1,024 have not wanted is given back, and so is what exceeds four times
+    the memory that was in use at one time. ``DSCONV_CPU_CACHE=0`` in the environment leaves all memory to PyTorch.
+    PyTorch cannot resize the storage of such a tensor.
 
     Examples
     --------

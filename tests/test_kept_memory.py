@@ -151,6 +151,29 @@ assert (apply(1024) == 3).all()
     )
 
 
+def test_the_system_may_take_what_waits_for_a_while(run):
+    """Not at once: that interrupts other processors."""
+    run("""
+def lazily_freed():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) << 10 for line in file if line.startswith("LazyFree"))
+
+
+x = torch.ones(1, 16, 128, 128).contiguous(memory_format=torch.channels_last)
+weight = torch.ones(16, 1, 1, 1)
+apply(1024)
+for i in range(256 + 64):
+    assert i > 200 or lazily_freed() < 8 * MEBI
+    F.depthwise_conv2d(x, weight)
+assert lazily_freed() > 50 * MEBI
+y = apply(1024, value=2)
+assert lazily_freed() < 8 * MEBI
+for i in range(256 + 64):
+    F.depthwise_conv2d(x, weight)
+assert (y == 6).all()
+""")
+
+
 def test_what_nothing_wants_for_long_is_unmapped(run):
     run(
         """

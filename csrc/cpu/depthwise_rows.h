@@ -623,7 +623,7 @@ struct Rows {
 // Packed weights of bfloat16 are followed by those for pairs where a processor multiplies them.
 template <class S>
 struct RowsForward : Rows<S, false> {
-  static bool has_pairs() { return kRoundsBf16<S> && has_avx512_bf16; }
+  static bool has_pairs() { return kIsBFloat16<S> && has_avx512_bf16; }
   static int64_t count(const DepthwiseProblem& p) {
     return round_up(p.channels * p.multiplier, kLanes<Compute<S>>) * product(p.window.taps);
   }
@@ -632,7 +632,7 @@ struct RowsForward : Rows<S, false> {
     const auto c = Correlation::of(p.window, false);
     auto* const packed = static_cast<Compute<S>*>(out);
     pack_taps<S>(packed, p, c, p.channels * p.multiplier, 1);
-    if constexpr (kRoundsBf16<S>) {
+    if constexpr (kIsBFloat16<S>) {
       if (has_pairs()) pack_taps<PairedBFloat16>(packed + count(p), p, c, p.channels * p.multiplier, 1);
     }
   }

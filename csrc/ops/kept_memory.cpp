@@ -26,7 +26,9 @@ constexpr int64_t kHugePage = 2 << 20, kLine = 64;
 // Loads wait for stores to the same place of another page. Where columns are a power of two apart, from 512 bytes on, all
 // of them meet if one does: data begins 5 lines further on than that, modulo 16.
 constexpr int64_t kPlaces = 16 * kLine, kApart = 5 * kLine;
-constexpr int64_t kPatience = 1024;  // in tensors that asked for memory meanwhile
+// In tensors that asked for memory meanwhile: how long a block waits until the system may take its pages, and until it is
+// unmapped. (To tell the system takes as long as a small layer where that interrupts other processors.)
+constexpr int64_t kOffered = 256, kPatience = 1024;
 constexpr int64_t kInspection = 64;
 constexpr int64_t kMostWaiting = 4;  // times the bytes that were in use at one time: layers of a network differ in size
 
@@ -65,7 +67,10 @@ class KeptMemory {
       ++clock_;
       if (const auto it = waiting_.lower_bound(least); it != waiting_.end() && it->first <= least + least / 4)
         block = remove(it);
-      if (clock_ % kInspection == 0) idle = remove_idle(kPatience);
+      if (clock_ % kInspection == 0) {
+        idle = remove_idle(kPatience);
+        offer_idle();
+      }
     }
     for (const Block& old : idle) unmap(old);
     if (!block.begin) block = map_block(round_up(least, step));
@@ -80,12 +85,11 @@ class KeptMemory {
   void keep(void* data) {
     Block block;
     std::memcpy(&block, static_cast<char*>(data) - kLine, sizeof block);
-    if (whole_pages(block) > 0) madvise(block.begin, whole_pages(block), MADV_FREE);
     const int64_t live_bytes = live_bytes_.fetch_sub(block.bytes);
     std::vector<Block> removed;
     if (const std::unique_lock lock{mutex_, std::try_to_lock}) {
       most_bytes_ = max64(most_bytes_, live_bytes);
-      waiting_.insert({block.bytes, {block, clock_}});
+      waiting_.insert({block.bytes, {block, clock_, false}});
       waiting_bytes_ += block.bytes;
       while (waiting_bytes_ > kMostWaiting * most_bytes_) removed.push_back(remove(oldest()));
     } else {
@@ -107,6 +111,7 @@ class KeptMemory {
   struct Waiting {
     Block block;
     int64_t since;
+    bool offered;
   };
 
   using Blocks = std::multimap<int64_t, Waiting>;  // by size
@@ -129,6 +134,14 @@ class KeptMemory {
       it = next;
     }
     return removed;
+  }
+  void offer_idle() {
+    for (auto& [bytes, waiting] : waiting_) {
+      const int64_t pages = whole_pages(waiting.block);
+      if (waiting.offered || pages == 0 || clock_ - waiting.since < kOffered) continue;
+      madvise(waiting.block.begin, pages, MADV_FREE);
+      waiting.offered = true;
+    }
   }
 
   std::mutex mutex_;
