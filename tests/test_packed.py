@@ -57,6 +57,20 @@ def test_rows_of_taps_that_are_multiplied_in_pairs(taps, channels, multiplier, s
         assert torch.equal(layer(given), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("fuse", ["always", "never"])
+@pytest.mark.parametrize("size", [(5, 7), (30, 40)])
+def test_taps_that_cancel(layout, fuse, size):
+    """Each kernel gets the taps in its form: a tap with bits of its neighbour would leave something."""
+    x = torch.ones(1, 24, *size).bfloat16().to(memory_format=layout)
+    weight = torch.tensor([1.0, -1.0] * 12).view(1, 1, 4, 6).expand(24, 1, 4, 6).bfloat16().contiguous()
+    identity = torch.eye(24).view(24, 24, 1, 1).bfloat16()
+    where = normalise(2, 1, 0, 1, weight.shape)
+    layer = packing.PackedLayer.of((weight, None), (identity, None), 24, where, NOTHING, NOTHING, fuse)
+    assert not functional.separable_conv2d(x, weight, identity, fuse=fuse).any()
+    assert not layer(x).any()
+
+
 @pytest.mark.parametrize("fuse", ["always", "never"])
 def test_explanations_name_the_same_rows(fuse):
     x, dw, pw = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)

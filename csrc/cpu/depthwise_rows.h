@@ -12,7 +12,7 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 // Weights as [block][part][tap in the correlation's order][lane]: lane l of a block is filter (c + l) * parts + part,
-// where the last block ends with the last channel. For PairedBFloat16, the lower half of each tap holds the one before it.
+// where the last block ends with the last channel.
 template <class S, class T = Compute<S>>
 static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c, int64_t channels, int64_t parts) {
   constexpr int kL = kLanes<T>;
@@ -31,12 +31,13 @@ static void pack_taps(T* packed, const DepthwiseProblem& p, const Correlation& c
       }
     }
   }
-  if constexpr (kIsPaired<S>) {
-    for (int64_t i = ceil_div(channels, kL) * parts * taps - 1; i > 0; --i) {
-      T* const tap = packed + i * kL;
-      store(tap, pair_of(load(tap - kL), load(tap)));
-    }
-  }
+}
+
+// For kernels that multiply in pairs: the lower half of each of `count` packed taps takes the one before it.
+template <class T>
+static void pair_taps(T* packed, int64_t count) {
+  for (T* tap = packed + (count - 1) * kLanes<T>; tap > packed; tap -= kLanes<T>)
+    store(tap, pair_of(load(tap - kLanes<T>), load(tap)));
 }
 
 // How the outputs get where they belong. direct: the blocks write them there. staged: a block at a time, from a buffer in
@@ -364,11 +365,15 @@ struct Rows {
   // Weights and bias, which every worker reads.
   static BlockRow<T> shared_row(const DepthwiseProblem& p, const Plan& plan, Arena& arena) {
     BlockRow<T> row{};
+    const bool in_pairs = kIsPaired<S> && plan.in.direct;  // blocks on the ring multiply in the compute type
     if (p.packed && !kTransposed) {
-      row.weights = static_cast<const T*>(p.packed) + (kIsPaired<S> ? packed_count(plan) : 0);
+      row.weights = static_cast<const T*>(p.packed) + (in_pairs ? packed_count(plan) : 0);
     } else {
       T* packed = take<T>(arena, packed_count(plan));
       pack_taps<S>(packed, p, plan.c, plan.channels, plan.parts);
+      if constexpr (kIsPaired<S>) {
+        if (in_pairs) pair_taps(packed, packed_count(plan) / kL);
+      }
       row.weights = packed;
     }
     T* bias = take<T>(arena, plan.blocks * kL);
@@ -633,7 +638,9 @@ struct RowsForward : Rows<S, false> {
     auto* const packed = static_cast<Compute<S>*>(out);
     pack_taps<S>(packed, p, c, p.channels * p.multiplier, 1);
     if constexpr (kIsBFloat16<S>) {
-      if (has_pairs()) pack_taps<PairedBFloat16>(packed + count(p), p, c, p.channels * p.multiplier, 1);
+      if (!has_pairs()) return;
+      memcpy(packed + count(p), packed, sizeof(Compute<S>) * count(p));
+      pair_taps(packed + count(p), count(p) / kLanes<Compute<S>>);
     }
   }
 };

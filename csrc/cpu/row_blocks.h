@@ -71,7 +71,7 @@ struct BlockRow {
   void* y;                        // channel 0 of output 0: T where the blocks write it themselves and do not narrow it
   int64_t x_step, x_pixel;        // elements between columns, between the first columns of two outputs
   int64_t y_row, y_pixel;         // elements between the two output rows, between outputs
-  const T* weights;               // [block][tap][lane], as pack_taps leaves them
+  const T* weights;               // [block][tap][lane], perhaps in pairs (pair_taps)
   int64_t weight_block;           // elements of a block of weights
   const T* bias;                  // [channels], at least a vector
   int64_t first, last, channels;  // channels [first, last) of `channels`; `first` begins a block
@@ -173,7 +173,7 @@ DSCONV_INLINE Vec<float> load_pair(const S* first, const S* second) {
 // The columns of a block that may lie outside the tensor.
 enum class Outside { none, ends, any };
 
-// A row of taps as pack_taps leaves them: the lower half of each holds the one before it.
+// A row of taps as pair_taps leaves them: the lower half of each holds the one before it.
 template <int kTaps>
 struct PairedTaps {
   Vec<float> packed[kTaps], first, last;
