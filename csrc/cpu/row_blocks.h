@@ -334,7 +334,7 @@ struct NextBlock {
   }
 };
 
-// Where the outputs of a block go from output `pixel` on: to their places, or to the buffer. kDirect: to their places as S,
+// Where the outputs of a block go from output `pixel` on: to their places, or to the buffer. kDirect: to their places,
 // through the caches.
 template <class S, bool kDirect = false, class T = Compute<S>>
 struct BlockOutputs {
@@ -345,7 +345,7 @@ struct BlockOutputs {
   __attribute__((always_inline)) BlockOutputs(const BlockRow<T>& block, int64_t first, int64_t pixels)
       : row(block.y_row),
         pixel(block.y_pixel),
-        narrow(kNarrows<S> && (kDirect || block.narrow)),
+        narrow(kNarrows<S> && block.narrow),
         streamed(!kDirect && kVectorBytes == kBlockBytes && block.streamed && !block.staged) {
     y = narrow ? static_cast<void*>(static_cast<S*>(block.y) + first * pixel)
                : static_cast<T*>(block.y) + first * pixel;
