@@ -47,10 +47,10 @@ CELLS = (
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
 )
 
-# By strips of columns (csrc/cpu/column_strips.h): every width of them, fewer rows than are in work at a time, rows that
-# are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps, an
-# activation that makes them blocks, a tensor that would go past the caches by blocks (kStripBytes), columns that crowd
-# the cache (kCrowdedColumn).
+# By strips of columns (csrc/cpu/column_strips.h, grad_strips.h): every width of them, fewer rows than are in work at a
+# time, rows that are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps,
+# an activation that makes them blocks, a tensor that would go past the caches by blocks (kStreamedBytes), one that is
+# fetched ahead (kNearBytes), columns that crowd the cache (kCrowdedColumn), more rows than one chain of additions.
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
@@ -74,6 +74,17 @@ STRIPS = (
     "dw n2c1024h9w7k3s1d1p1 nhwc bias=dw",
     "dw n1c512h2w2k3s1d1p1 nhwc",
     "dw n1c256h21w22k3s1d2p2 nhwc",
+    "dw n1c24h35w1k3s1d1p1 nhwc",
+    "dw n2c24h21w2k3s1d1p1x0:1 nhwc",
+    "dw n1c24h23w6k3s2d1p1 nhwc",
+    "dw n3c40h33w33k3s1d18p18 nhwc",
+    "dw n2c24h19w20k3s2d3p3 nhwc",
+    "dw n2c24h9w10k3s1d12p12 nhwc",
+    "dw n1c24t3h9w10k1x3x3s1d1p1x1x1 nhwc",
+    "dw n2c430h17w18k3s1d1p1 sliced",
+    "dw n3c960h33w33k3s1d4p4 nhwc",
+    "dw n2c430h91w47k3s2d1p1 nhwc",
+    "dw n3c300h61w60k3s1d1p1 nhwc",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
@@ -145,7 +156,7 @@ CONTIGUOUS_ROWS = [row["name"] for row in choices.rows() if "_planes_" in row["n
 
 def of_dtype(line: str, dtype: str) -> Case:
     """A case of one of these lists."""
-    return Case.parse(re.sub(r"\b(nchw|nhwc|sliced)\b", rf"\1 {dtype}", line))
+    return Case.parse(re.sub(r"\b(nchw|nhwc_sliced|nhwc|sliced)\b", rf"\1 {dtype}", line))
 
 
 # Columns of bfloat16 in pairs (for_pairs in csrc/cpu/row_blocks.h): even and odd numbers of taps and of outputs,
@@ -240,6 +251,28 @@ def test_what_is_infinite_stays_in_its_windows(taps, stride, dtype, memory_forma
         F.depthwise_conv2d(ours, weight, stride=stride, padding=taps // 2).backward(grad)
         conv2d(theirs, weight.double(), stride=stride, padding=taps // 2, groups=16).backward(grad.double())
         assert torch.equal(ours.grad.double(), theirs.grad)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+@pytest.mark.parametrize("height", [2, 9])
+@choices.forced(*CONTIGUOUS_ROWS)
+def test_gradients_that_are_infinite_meet_no_padding(height, taps, stride, dtype, memory_format):
+    """A tap that lies outside the tensor leaves them out: multiplied with zeros of padding they would be NaN."""
+    x = torch.ones(1, 16, height, 16, dtype=dtype).to(memory_format=memory_format)
+    weight = torch.zeros(16, 1, taps, taps, dtype=dtype, requires_grad=True)
+    y = F.depthwise_conv2d(x, weight, stride=stride, padding=taps // 2)
+    rows, columns = y.shape[2:]
+    for row, column in itertools.product((0, rows - 1), (0, columns // 2, columns - 1)):
+        grad = torch.zeros_like(y)
+        grad[..., row, column] = torch.inf
+        (got,) = torch.autograd.grad(y, weight, grad, retain_graph=True)
+        met = torch.zeros(taps, taps, dtype=dtype)
+        for u, t in itertools.product(range(taps), repeat=2):
+            h, w = row * stride - taps // 2 + u, column * stride - taps // 2 + t
+            met[u, t] = torch.inf if 0 <= h < height and 0 <= w < 16 else 0
+        assert torch.equal(got, met.expand_as(got)), (row, column)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

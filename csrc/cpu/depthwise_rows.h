@@ -48,10 +48,6 @@ enum class Delivery { direct, staged, rows };
 // Of one channel in a streamed tensor that is not channels_last: long enough for the cache lines at its ends not to count.
 constexpr int64_t kRunBytes = 1024;
 
-// Of tensors up to this size, strips are faster when their outputs stay in the last-level cache than blocks are when theirs
-// go past it (kStreamedBytes).
-constexpr int64_t kStripBytes = 13 << 20;
-
 // Columns whose distances are multiples of this, or of half of it where the stride is 2, share so few sets of a cache that
 // strips take two vectors at a time.
 constexpr int64_t kCrowdedColumn = 2048;
@@ -108,7 +104,8 @@ struct Rows {
   }
   // (What cuts its own tasks, as planes and lines do, asks for one thread.)
   static Plan plan_of(const DepthwiseProblem& p, int threads = 1) {
-    if (is_large<S>(p) && !is_large<S>(p, kStripBytes)) {
+    // Strips are faster when their outputs stay in the cache than blocks are when theirs go past it.
+    if (is_large<S>(p) && !is_large<S>(p, kNearBytes)) {
       const Plan plan = plan_of(p, threads, false);
       if (plan.strips) return plan;
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "grad_blocks.h"
+#include "grad_strips.h"
 #include "kernel_of.h"
 #include "phases.h"
 #include "row_stage.h"
@@ -15,6 +16,7 @@ struct RowsGradWeight {
   using T = Compute<S>;
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
+  static constexpr int64_t kBytes = sizeof(S);
   static constexpr int64_t kTasks = 16, kMaxChain = 32;
   static constexpr int64_t kSumBytes = 16 << 10;  // of the sums of a chunk
 
@@ -23,7 +25,8 @@ struct RowsGradWeight {
     int64_t channels, blocks, taps, rows, slabs, chunk, chunks;
     int64_t run, group;  // outputs of a row, or rows, that add up in registers
     RowStage<S> x, grad;
-    bool fetches;  // what steps will read
+    bool fetches;                       // what steps will read
+    const GradStripKernels<T>* strips;  // null, or what adds several rows of a phase at once
   };
   static Plan plan_of(const DepthwiseProblem& p) {
     Plan plan{};
@@ -70,9 +73,24 @@ struct RowsGradWeight {
     const int64_t chains = min64(kTasks, ceil_div(plan.rows, kMaxChain));
     plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
     plan.x.lanes = plan.grad.lanes = plan.chunk;
+    plan.strips = strips_of(plan);
+    if (plan.strips) plan.fetches = is_large<S>(p, kNearBytes);
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
     return plan;
+  }
+  // Strips want 3x3 windows in tensors that they read where those lie.
+  static const GradStripKernels<T>* strips_of(const Plan& plan) {
+    if constexpr (!kWidens<S>) return nullptr;
+    const Window& w = plan.c.window;
+    const int64_t apart = plan.c.phase(1, 0).apart;
+    if (!plan.x.direct || !plan.grad.direct || w.taps[0] > 1 || w.taps[1] != w.taps[2]) return nullptr;
+    for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+      const Phase x = plan.c.phase(2, i);
+      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(w.in[2] - x.in_first, x.tap_step);
+      if (x.apart != apart || low > 1 || (x.count - 1) * apart + x.taps - high > 1) return nullptr;
+    }
+    return grad_strip_kernels<S>(w.taps[1], apart);
   }
   // How many rows the rings keep; returns their elements per channel. Neighbouring rows of outputs meet different rows where
   // there is dilation: the ring keeps those of all, if it can.
@@ -124,6 +142,10 @@ struct RowsGradWeight {
         worker.begin(task % plan.chunks, partial + slab * slab_sums(plan));
         const int64_t last = plan.rows * (slab + 1) / plan.slabs;
         for (int64_t r = plan.rows * slab / plan.slabs, count; r < last; r += count) {
+          if (plan.strips) {
+            count = worker.add_strips(r, last - r);
+            continue;
+          }
           count = min64(plan.group, min64(last - r, height - r % height));
           worker.add_rows(r, count);
         }
@@ -220,6 +242,67 @@ struct RowsGradWeight {
           }
         }
       }
+    }
+
+    // Rows of outputs of one phase, from row n of it on, and what they read first.
+    struct PhaseRows {
+      Phase y;
+      int64_t n, z, h;       // plane and row of the input; perhaps outside
+      const char *x, *grad;  // column 0
+    };
+    // The r-th row where rows of a phase follow each other.
+    PhaseRows phase_rows(int64_t r) const {
+      const int64_t d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
+      PhaseRows rows{};
+      rows.y = plan.c.phase(1, 0);
+      rows.n = r % w.out[1];
+      for (int64_t i = 0; rows.n >= rows.y.count; rows.y = plan.c.phase(1, ++i)) rows.n -= rows.y.count;
+      rows.z = d * w.stride[0] - w.pad[0];
+      rows.h = rows.y.in_first + rows.n * rows.y.in_step;
+      const View &from = plan.x.view, &grads = plan.grad.view;
+      const int64_t out = rows.y.out_first + rows.n * rows.y.out_step;
+      rows.x = static_cast<const char*>(from.data) +
+               (image * from.stride[0] + rows.z * from.stride[2] + rows.h * from.stride[3]) * kBytes;
+      rows.grad = static_cast<const char*>(grads.data) +
+                  (image * grads.stride[0] + d * grads.stride[2] + out * grads.stride[3]) * kBytes;
+      return rows;
+    }
+    // Adds up to `most` of these by strips; returns how many.
+    int64_t add_strips(int64_t r, int64_t most) const {
+      const PhaseRows rows = phase_rows(r);
+      const int64_t count = min64(min64(most, rows.y.count - rows.n), plan.strips->most_rows(plan.c.phase(2, 0).count));
+      const int64_t x_column = plan.x.view.stride[4] * kBytes, g_column = plan.grad.view.stride[4] * kBytes;
+      GradStrips<T> strips{};
+      strips.count = count;
+      strips.x_row = rows.y.tap_step * plan.x.view.stride[3] * kBytes;
+      strips.g_row = rows.y.out_step * plan.grad.view.stride[3] * kBytes;
+      strips.low = ceil_of(-rows.h, rows.y.tap_step);
+      strips.high = rows.z >= 0 && rows.z < w.in[0] ? ceil_of(w.in[1] - rows.h, rows.y.tap_step) : strips.low;
+      strips.first = row.first;
+      strips.last = row.last;
+      strips.channels = row.channels;
+      strips.sums = row.sums;
+      strips.taps = row.taps;
+      strips.bias = has_bias;
+      for (int64_t i = 0; i < plan.c.phases(2); ++i) {
+        const Phase x = plan.c.phase(2, i);
+        if (x.count == 0) break;  // and in all that follow
+        strips.x = rows.x + x.in_first * x_column;
+        strips.grad = rows.grad + x.out_first * g_column;
+        strips.x_step = x.tap_step * x_column;
+        strips.g_step = x.out_step * g_column;
+        strips.left = ceil_of(-x.in_first, x.tap_step);
+        strips.right = ceil_of(w.in[2] - x.in_first, x.tap_step);
+        if (plan.fetches) {
+          const bool here = i + 1 < plan.c.phases(2);
+          const PhaseRows then = here ? rows : phase_rows(min64(r + count, plan.rows - 1));
+          const Phase next = plan.c.phase(2, here ? i + 1 : 0);
+          strips.next_x = then.x + max64(0, next.in_first) * x_column;
+          strips.next_grad = then.grad + next.out_first * g_column;
+        }
+        plan.strips->run(strips, x.count);
+      }
+      return count;
     }
 
     // The runs of `length` taps that lie in taps [first, last) and meet one of the rows; returns how many.

@@ -32,9 +32,6 @@ DSCONV_INLINE int64_t row_stride(int64_t depth) {
   return whole + (whole * static_cast<int64_t>(sizeof(A)) % 256 == 0 ? kBlock<A> : 0);
 }
 
-// An input up to this size stays in a cache, and to fetch it costs more than it saves.
-constexpr int64_t kNearBytes = 13 << 20;
-
 // The rows of an input that the tile after `tile` (of those of all images) is the first to read, as one piece of memory;
 // nothing where they are no such piece. A pointwise convolution has windows of one position.
 template <class S>

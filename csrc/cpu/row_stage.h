@@ -16,6 +16,9 @@ struct ChannelMap {
 // Input and output of this size do not stay in a share of a last-level cache until the next layer reads them.
 constexpr int64_t kStreamedBytes = 8 << 20;
 
+// What is read of tensors up to this size comes from a last-level cache: to fetch it ahead costs more than it saves.
+constexpr int64_t kNearBytes = 13 << 20;
+
 // Do input and output (of a gradient: its source and target) exceed so many bytes?
 template <class S>
 static bool is_large(const DepthwiseProblem& p, int64_t bytes = kStreamedBytes) {
