@@ -132,7 +132,7 @@ struct StripKernels {
   using Strip = void (*)(const BlockRow<T>&, int64_t pixel);
   static constexpr int kMost = 7;
   int taps, stride, vectors;
-  int narrow, wide;  // of which any number of columns can be made that is not less than `narrow`
+  int wide;  // the most columns of one
   Strip strips[kMost + 1];
 
   template <class S, int kTaps, int kStride, int kVectors>
@@ -140,10 +140,9 @@ struct StripKernels {
     // Of the 32 registers, pairs of taps take some, and accumulators of two vectors twice as many.
     constexpr bool kPairs = kIsPaired<S> && kStride == 1;
     constexpr int kWide = kVectors > 1 ? (kStride == 1 ? 4 : 5) : kPairs ? 5 : kMost;
-    constexpr int kNarrow = (kWide + 1) / 2;
-    StripKernels k{kTaps, kStride, kVectors, kNarrow, kWide, {}};
-    unroll<kWide + 1>([&]<int i>() __attribute__((always_inline)) {
-      if constexpr (i >= kNarrow) k.strips[i] = column_strip<S, kTaps, kStride, kVectors, i>;
+    StripKernels k{kTaps, kStride, kVectors, kWide, {}};
+    unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
+      k.strips[i + 1] = column_strip<S, kTaps, kStride, kVectors, i + 1>;
     });
     return k;
   }

@@ -104,8 +104,10 @@ struct Rows {
   }
   // (What cuts its own tasks, as planes and lines do, asks for one thread.)
   static Plan plan_of(const DepthwiseProblem& p, int threads = 1) {
-    // Strips are faster when their outputs stay in the cache than blocks are when theirs go past it.
-    if (is_large<S>(p) && !is_large<S>(p, kNearBytes)) {
+    // Strips are faster when their outputs stay in the cache than blocks are when theirs go past it; those of three columns
+    // always, which are three blocks.
+    if (is_large<S>(p) &&
+        (!is_large<S>(p, kNearBytes) || Correlation::of(p.window, kTransposed).phase(2, 0).count == 3)) {
       const Plan plan = plan_of(p, threads, false);
       if (plan.strips) return plan;
     }
@@ -215,7 +217,7 @@ struct Rows {
     for (int64_t i = 0; i < c.phases(2); ++i) {
       const Phase x = c.phase(2, i);
       const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(c.source()[2] - x.in_first, x.tap_step);
-      if (x.apart != y.apart || x.count < kernels->narrow) return nullptr;
+      if (x.apart != y.apart) return nullptr;
       if (low > 1 || (x.count - 1) * x.apart + x.taps - high > 1) return nullptr;
     }
     return kernels;
@@ -492,6 +494,7 @@ struct Rows {
       row.y_row = row_step;
       for (int64_t i = 0; i < plan.c.phases(2); ++i) {
         const Phase x = plan.c.phase(2, i);
+        if (x.count == 0) break;  // and in all that follow
         row.x = in.at(depth * from.stride[2] + h * from.stride[3] + x.in_first * from.stride[4]);
         row.y = to + x.out_first * column;
         row.x_pixel = x.in_step * from.stride[4];

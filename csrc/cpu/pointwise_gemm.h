@@ -444,9 +444,7 @@ struct Fused {
                              int64_t lda) {
     constexpr int64_t kStripRows = 4;
     const int64_t width = box.extent[2], left = box.origin[2], phases = c.phases(1), pair = phases == 1 ? 2 : 1;
-    const auto* strips = worker.plan.strips;
-    const bool by_strips =
-        strips && phases == 1 && box.extent[1] >= kStripRows && width / c.phases(2) >= strips->narrow;
+    const bool by_strips = worker.plan.strips && phases == 1 && box.extent[1] >= kStripRows;
     for (int64_t z = 0; z < box.extent[0]; ++z) {
       const int64_t d = box.origin[0] + z;
       if (by_strips) {
