@@ -172,7 +172,7 @@ class Chain:
         for module, path in self.modules:
             if _has_hooks(module):
                 return f"{path} has hooks"
-            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], DepthwiseForward):
+            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], ConvForward):
                 return f"{path} has a forward of its own"
             if module.training and layers.is_dropout(module):
                 return f"{path} drops values in training mode"
@@ -270,8 +270,8 @@ class Forward:
         raise NotImplementedError
 
 
-class DepthwiseForward(Forward):
-    """The forward of a depthwise convolution that stays what it is: only the arithmetic changes."""
+class ConvForward(Forward):
+    """The forward of a depthwise or pointwise convolution that stays what it is: only the arithmetic changes."""
 
     def __init__(self, conv: Any) -> None:
         super().__init__(conv)
@@ -284,13 +284,18 @@ class DepthwiseForward(Forward):
         conv = self.module
         if not isinstance(x, Tensor):  # a proxy of torch.fx
             return self.own(x)
-        x, padding = layers.padded(conv, x)
+        is_depthwise = layers.is_depthwise(conv)
+        if not is_depthwise and not packs_pointwise(conv, x):
+            return self.own(x)
+        x, padding = layers.padded(conv, x) if is_depthwise else (x, None)
         geometry = conv.stride, padding, conv.dilation
-        weight, bias = conv.weight, conv.bias
         if self.weights.stages[0].has_plain_weights():
-            packed = self.weights(geometry, ("none",))[1]
+            packed = self.weights(geometry if is_depthwise else (), ("none",))[1]
             if packed is not None and is_plain(x):
                 y = packed(x)
                 if y is not None:
                     return y
-        return functional._depthwise(weight.dim() - 2, x, weight, bias, *geometry, "none", conv.in_channels)
+        if not is_depthwise:
+            return self.own(x)
+        weight = conv.weight
+        return functional._depthwise(weight.dim() - 2, x, weight, conv.bias, *geometry, "none", conv.in_channels)

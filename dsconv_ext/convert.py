@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import layers
-from .chains import Chain, DepthwiseForward, Forward
+from .chains import Chain, ConvForward, Forward
 from .checks import check_fuse
 from .matching import Finder, Link
 from .plans import Plan, install
@@ -28,9 +28,9 @@ def convert(
     Every depthwise convolution is replaced. Where a 1x1 convolution follows, with nothing but BatchNorm, activation and
     dropout between, one operator computes both, including the BatchNorm, residual and activation after it. The model
     keeps its class, methods, modules, parameters and state_dict: only forwards change, those of the modules that
-    contain such a chain and those of the depthwise convolutions. PyTorch computes the other convolutions, with the
-    BatchNorm after them folded; without gradients, on a CPU and for channels_last tensors, an operator computes a 1x1
-    convolution together with the BatchNorm, residual and activation that follow it.
+    contain such a chain and those of the depthwise and 1x1 convolutions. PyTorch computes the other convolutions, with
+    the BatchNorm after them folded; without gradients, on a CPU and for channels_last tensors, an operator computes a
+    1x1 convolution, together with the BatchNorm, residual and activation that follow it.
 
     Parameters
     ----------
@@ -87,8 +87,9 @@ def convert(
     for plan in plans:
         plan.install()
     for module in paths:
-        if layers.rank(module) is not None and layers.is_depthwise(module) and "forward" not in module.__dict__:
-            install(module, DepthwiseForward(module))
+        is_ours = layers.rank(module) is not None and (layers.is_depthwise(module) or layers.is_pointwise(module))
+        if is_ours and "forward" not in module.__dict__:
+            install(module, ConvForward(module))
     model.dsconv_report = Report(model, analysis.reasons)  # type: ignore[assignment]
     return model
 
@@ -258,7 +259,7 @@ class Report(Sequence[Row]):
     >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1))
     >>> report = dsconv_ext.convert(model).dsconv_report
     >>> report.counts()
-    {'fused': 0, 'replaced': 1, 'left': 1}
+    {'fused': 0, 'replaced': 2, 'left': 0}
     >>> report[0].reason
     '0: its BatchNorm uses the statistics of the batch (training mode)'
     """
@@ -303,21 +304,22 @@ class Report(Sequence[Row]):
         ]
 
     def _fate(self, path: str, conv: Any, chain: Chain | None, stale: str | None) -> tuple[str, str]:
-        replaced = isinstance(conv.__dict__.get("forward"), DepthwiseForward)
-        status = "replaced" if replaced else "left"
         obstacle = None if chain is None else chain.obstacle()
+        is_ours = isinstance(conv.__dict__.get("forward"), ConvForward)
         if chain is not None and obstacle is None:
             folded = ["BatchNorm folded"] if any(s.conv is conv and s.norm is not None for s in chain.stages) else []
             if len(chain.stages) == 2:
                 partner = chain.paths[chain.stages[0].conv is conv]
                 residual = ["residual added"] if None in chain.steps and chain.stages[1].conv is conv else []
                 return "fused", "; ".join([f"with {partner}", *folded, *residual])
-            if layers.is_pointwise(conv):
-                status, folded = "replaced", ["alone, on a CPU without gradients", *folded]
-            return status, "; ".join([*filter(None, [self._why_alone(path, conv)]), *folded])
-        if replaced:
-            return status, obstacle or stale or self._why_alone(path, conv)
-        return status, "; ".join(filter(None, [self._why_alone(path, conv), obstacle or stale]))
+            reasons = [self._why_alone(path, conv), *folded]
+        elif is_ours:
+            reasons = [obstacle or stale or self._why_alone(path, conv)]
+        else:
+            reasons = [self._why_alone(path, conv), obstacle or stale or ""]
+        if is_ours and layers.is_pointwise(conv):
+            reasons.insert(1, "alone, on a CPU without gradients")
+        return "replaced" if is_ours else "left", "; ".join(filter(None, reasons))
 
     def _why_alone(self, path: str, conv: Any) -> str:
         if layers.is_pointwise(conv):

@@ -102,7 +102,7 @@ def test_an_activation_function_with_a_computed_argument_is_not_one_of_ours():
             return self.pw(F.leaky_relu(self.dw(x), x.mean()))
 
     model = eval_block(Slope)
-    assert status(convert(model)) == {"dw": "replaced", "pw": "left"}
+    assert status(convert(model)) == {"dw": "replaced", "pw": "replaced"}
 
 
 RESIDUALS = {
@@ -222,7 +222,7 @@ def test_frozen_batch_norms(fused):
 def test_training_mode_runs_the_modules_and_the_statistics_advance():
     model = eval_block(Residual).train()
     converted = convert(model)
-    assert status(converted) == {"dw": "replaced", "pw": "left"}
+    assert status(converted) == {"dw": "replaced", "pw": "replaced"}
     assert "statistics of the batch" in reason(converted)
     for _ in range(2):
         x = image()
@@ -238,7 +238,7 @@ def test_training_mode_runs_the_modules_and_the_statistics_advance():
 def test_fold_batchnorm():
     model = eval_block()
     never = convert(model, fold_batchnorm=False)
-    assert status(never) == {"dw": "replaced", "pw": "left"}
+    assert status(never) == {"dw": "replaced", "pw": "replaced"}
     assert reason(never) == "BatchNorm2d bn1 follows"
     assert_same(never, model, image(), fused=0)
     assert status(convert(model, fold_batchnorm=True))["dw"] == "fused"
@@ -307,7 +307,7 @@ def pointwise_calls(function, *args):
         (lambda: Alone(act=lambda: nn.LeakyReLU(0.2)), 1),
         (lambda: Alone(act=lambda: nn.ReLU(inplace=True)), 1),
         (lambda: Alone(act=nn.Mish), 1),
-        (lambda: Alone(norm=nn.Identity, act=nn.Identity), 0),
+        (lambda: Alone(norm=nn.Identity, act=nn.Identity), 1),
         (lambda: Alone(operator.add), 1),
         (lambda: Alone(lambda y, x: x + y, act=nn.Identity), 1),
         (lambda: Alone(lambda y, x: y.add_(x)), 1),
@@ -319,8 +319,7 @@ def pointwise_calls(function, *args):
 def test_a_pointwise_convolution_alone(model, calls, library):
     model = randomised(model()).double().eval()
     converted = convert(model)
-    bare = isinstance(model, Alone) and type(model.bn) is type(model.act) is nn.Identity
-    assert status(converted)["pw" if isinstance(model, Alone) else "2"] == ("left" if bare else "replaced")
+    assert status(converted)["pw" if isinstance(model, Alone) else "2"] == "replaced"
     x = image().contiguous(memory_format=torch.channels_last)
     assert_same(converted, model, x)
     assert_same(converted, model, image())
@@ -329,6 +328,24 @@ def test_a_pointwise_convolution_alone(model, calls, library):
         assert pointwise_calls(converted, image()) == 0  # contiguous: PyTorch is faster
     assert pointwise_calls(converted, x) == 0  # gradients
     assert_same(converted.train(), model.train(), x, gradients=False)
+
+
+def test_a_pointwise_convolution_alone_where_nothing_can_be_traced(library):
+    class Untraceable(Alone):
+        def forward(self, x):
+            return self.pw(x) if x.sum() < 1e9 else x
+
+    model = randomised(Untraceable()).double().eval()
+    converted = convert(model)
+    assert status(converted)["pw"] == "replaced"
+    assert reason(converted, "pw") == "no depthwise convolution directly before it; alone, on a CPU without gradients"
+    x = image().contiguous(memory_format=torch.channels_last)
+    assert_same(converted, model, x)
+    with torch.no_grad():
+        assert pointwise_calls(converted, x) == 1
+        assert pointwise_calls(converted, image()) == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pointwise_calls(converted, x) == 0
 
 
 def test_a_chain_through_several_modules():
@@ -352,7 +369,7 @@ def test_a_chain_through_several_modules():
     assert runs == []
     seen = []
     handle = converted.first.register_forward_hook(lambda m, args, y: seen.append(y))
-    assert status(converted) == {"first.0": "replaced", "second.1": "left"}
+    assert status(converted) == {"first.0": "replaced", "second.1": "replaced"}
     assert_same(converted, model, x, fused=0)
     torch.testing.assert_close(seen[0], model.first(x))
     handle.remove()
@@ -366,7 +383,7 @@ def test_a_value_with_two_uses_is_no_chain():
             return self.pw(self.act(y)) + y
 
     model = eval_block(Two)
-    assert status(convert(model)) == {"dw": "replaced", "pw": "left"}
+    assert status(convert(model)) == {"dw": "replaced", "pw": "replaced"}
     assert_same(convert(model), model, image(), fused=0)
 
 

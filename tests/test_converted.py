@@ -187,7 +187,7 @@ def test_a_forward_no_graph_tells_the_truth_about(name):
     model = eval_block(cls)
     model.all_seen = []
     converted = convert(model)
-    assert status(converted) == {"dw": "replaced", "pw": "left"}
+    assert status(converted) == {"dw": "replaced", "pw": "replaced"}
     assert reason(converted).startswith("Untraceable cannot be traced: ")
     assert converted.__dict__.keys() - model.__dict__.keys() <= {"train", "forward", "dsconv_report"}
     assert_same(converted, model, image(), fused=0)
@@ -220,7 +220,7 @@ def test_a_module_that_forward_does_not_call_is_replaced():
     model = eval_block()
     model.extra = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)).double()
     converted = convert(model)
-    assert status(converted) == {"dw": "fused", "pw": "fused", "extra.0": "replaced", "extra.1": "left"}
+    assert status(converted) == {"dw": "fused", "pw": "fused", "extra.0": "replaced", "extra.1": "replaced"}
     assert reason(converted, "extra.0") == "tracing met no call of it"
     assert_same(converted.extra, model.extra, image(), fused=0)
 
@@ -324,15 +324,18 @@ def test_nothing_is_stale(change, mode):
     assert status(converted)["dw"] == "fused"
 
 
-def test_a_lone_depthwise_convolution_is_not_stale_either():
-    converted = convert(nn.Conv2d(8, 8, 3, groups=8).eval())
-    x = image(torch.float32)
+@pytest.mark.parametrize("kernel_size", [3, 1])
+def test_a_lone_convolution_is_not_stale_either(kernel_size):
+    converted = convert(nn.Conv2d(8, 8, kernel_size, groups=8 if kernel_size > 1 else 1).eval())
+    x = image(torch.float32).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         converted(x)
         converted.weight.data.mul_(2)
         converted.eval()
         torch.testing.assert_close(converted(x), type(converted).forward(converted, x), rtol=1e-4, atol=1e-5)
         converted.weight.mul_(2)
+        torch.testing.assert_close(converted(x), type(converted).forward(converted, x), rtol=1e-4, atol=1e-5)
+        converted.bias = nn.Parameter(torch.ones(8))
         torch.testing.assert_close(converted(x), type(converted).forward(converted, x), rtol=1e-4, atol=1e-5)
 
 
@@ -537,7 +540,7 @@ def test_convert_report_on_the_command_line(capsys, monkeypatch):
     assert "torchvision.models:mobilenet_v2 in eval mode: 34 fused, 17 replaced, 1 left" in printed
     assert re.search(r"features\.2\.conv\.2 .* pointwise 1x1 .* fused .* with features\.2\.conv\.1\.0", printed)
     main(["convert-report", "torchvision.models:mobilenet_v2", "--train"])
-    assert "in training mode: 0 fused, 17 replaced, 35 left" in capsys.readouterr().out
+    assert "in training mode: 0 fused, 51 replaced, 1 left" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="cannot make torchvision.models:nothing: AttributeError"):
         main(["convert-report", "torchvision.models:nothing"])
     with pytest.raises(SystemExit):

@@ -23,7 +23,7 @@ COUNTS = {
     "mobilenetv2_100": (34, 17, 1),
     "mobilenetv4_conv_small": (30, 13, 3),
     "efficientnet_lite0": (32, 16, 1),
-    "convnext_atto": (0, 24, 16),
+    "convnext_atto": (0, 36, 4),
     "legacy_xception": (68, 0, 6),
 }
 
