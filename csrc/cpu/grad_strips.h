@@ -127,8 +127,6 @@ struct GradStripKernels {
   }
 
   static int64_t count(int64_t columns) { return columns <= kMost ? 1 : ceil_div(columns, kWide); }
-  // Rows of outputs whose sums are no longer chains than they may be.
-  static int64_t most_rows(int64_t columns) { return kChain / ceil_div(columns, count(columns)); }
 
   // Adds `columns` outputs of all rows, in strips of nearly the same width. What follows is at next_x and next_grad.
   void run(const GradStrips<T>& rows, int64_t columns) const {

@@ -27,6 +27,7 @@ struct RowsGradWeight {
     RowStage<S> x, grad;
     bool fetches;                       // what steps will read
     const GradStripKernels<T>* strips;  // null, or what adds several rows of a phase at once
+    int64_t strip_rows;                 // at most
   };
   static Plan plan_of(const DepthwiseProblem& p) {
     Plan plan{};
@@ -74,7 +75,10 @@ struct RowsGradWeight {
     plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
     plan.x.lanes = plan.grad.lanes = plan.chunk;
     plan.strips = strips_of(plan);
-    if (plan.strips) plan.fetches = is_large<S>(p, kNearBytes);
+    if (plan.strips) {
+      plan.fetches = is_large<S>(p, kNearBytes);
+      plan.strip_rows = strip_rows(plan);
+    }
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
     return plan;
@@ -91,6 +95,16 @@ struct RowsGradWeight {
       if (x.apart != apart || low > 1 || (x.count - 1) * apart + x.taps - high > 1) return nullptr;
     }
     return grad_strip_kernels<S>(w.taps[1], apart);
+  }
+  // As many as a chain of additions may have terms; but few where what is fetched of each row is a long piece, after which
+  // the next one follows: the processor's own prefetchers go on from there, along few rows.
+  static int64_t strip_rows(const Plan& plan) {
+    constexpr int64_t kFew = 3, kLeast = 4096 / kBytes, kMost = 5 << 10;  // the latter in bytes
+    const int64_t columns = plan.c.phase(2, 0).count, strip = ceil_div(columns, GradStripKernels<T>::count(columns));
+    const int64_t piece = strip * plan.channels * kBytes;
+    const bool follow = plan.c.phases(2) == 1 && plan.strips->stride == 1 && plan.chunks == 1 && columns >= 6 * strip;
+    const bool few = plan.fetches && follow && piece >= kLeast && piece <= kMost;
+    return few ? kFew : kChain / strip;
   }
   // How many rows the rings keep; returns their elements per channel. Neighbouring rows of outputs meet different rows where
   // there is dilation: the ring keeps those of all, if it can.
@@ -270,7 +284,7 @@ struct RowsGradWeight {
     // Adds up to `most` of these by strips; returns how many.
     int64_t add_strips(int64_t r, int64_t most) const {
       const PhaseRows rows = phase_rows(r);
-      const int64_t count = min64(min64(most, rows.y.count - rows.n), plan.strips->most_rows(plan.c.phase(2, 0).count));
+      const int64_t count = min64(min64(most, rows.y.count - rows.n), plan.strip_rows);
       const int64_t x_column = plan.x.view.stride[4] * kBytes, g_column = plan.grad.view.stride[4] * kBytes;
       GradStrips<T> strips{};
       strips.count = count;
