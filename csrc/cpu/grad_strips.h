@@ -1,5 +1,4 @@
-// Strips of the depthwise weight gradient of channels_last tensors, for 3x3 windows of stride 1
-// and 2.
+// Strips of the depthwise weight gradient of channels_last tensors, for 3x3 windows of stride 1 and 2.
 //
 // A strip of a few columns goes down the rows, a vector of channels at a time, as in column_strips.h: each input is loaded
 // once and multiplied with the gradients of all rows whose windows hold it, which are kept in registers until their last
