@@ -50,8 +50,8 @@ CELLS = (
 # By strips of columns (csrc/cpu/column_strips.h, grad_strips.h): every width of them, fewer rows than are in work at a
 # time, rows that are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps,
 # an activation that makes them blocks, a tensor that would go past the caches by blocks (kStreamedBytes), one that is
-# fetched ahead (kNearBytes) by few rows or many, columns that crowd the cache (kCrowdedColumn), more rows than one chain
-# of additions.
+# fetched ahead (kNearBytes) by few rows or many, columns that crowd the cache (kCrowdedColumn), more rows than one
+# chain of additions.
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
