@@ -213,14 +213,7 @@ struct Rows {
     const int64_t column = c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
     const bool crowded = column % (y.apart == 1 ? kCrowdedColumn : kCrowdedColumn / 2) == 0;
     const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, crowded ? 2 : 1);
-    if (!kernels) return nullptr;
-    for (int64_t i = 0; i < c.phases(2); ++i) {
-      const Phase x = c.phase(2, i);
-      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(c.source()[2] - x.in_first, x.tap_step);
-      if (x.apart != y.apart) return nullptr;
-      if (low > 1 || (x.count - 1) * x.apart + x.taps - high > 1) return nullptr;
-    }
-    return kernels;
+    return kernels && c.has_narrow_borders(y.apart) ? kernels : nullptr;
   }
   // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut only where that is not enough, or
   // would give threads unequal shares.

@@ -89,12 +89,8 @@ struct RowsGradWeight {
     const Window& w = plan.c.window;
     const int64_t apart = plan.c.phase(1, 0).apart;
     if (!plan.x.direct || !plan.grad.direct || w.taps[0] > 1 || w.taps[1] != w.taps[2]) return nullptr;
-    for (int64_t i = 0; i < plan.c.phases(2); ++i) {
-      const Phase x = plan.c.phase(2, i);
-      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(w.in[2] - x.in_first, x.tap_step);
-      if (x.apart != apart || low > 1 || (x.count - 1) * apart + x.taps - high > 1) return nullptr;
-    }
-    return grad_strip_kernels<S>(w.taps[1], apart);
+    const GradStripKernels<T>* kernels = grad_strip_kernels<S>(w.taps[1], apart);
+    return kernels && plan.c.has_narrow_borders(apart) ? kernels : nullptr;
   }
   // As many as a chain of additions may have terms; but few where what is fetched of each row is a long piece, after which
   // the next one follows: the processor's own prefetchers go on from there, along few rows.

@@ -105,6 +105,16 @@ struct Correlation {
     p.tap_first = 0;
     return p;  // no tap reaches this phase: its outputs are zero
   }
+
+  // Do the outputs of all phases of columns read `apart` columns after each other, with one outside at most on either side?
+  bool has_narrow_borders(int64_t apart) const {
+    for (int64_t i = 0; i < phases(2); ++i) {
+      const Phase x = phase(2, i);
+      const int64_t low = ceil_of(-x.in_first, x.tap_step), high = ceil_of(source()[2] - x.in_first, x.tap_step);
+      if (x.apart != apart || low > 1 || (x.count - 1) * apart + x.taps - high > 1) return false;
+    }
+    return true;
+  }
 };
 
 }  // namespace dsconv::cpu::DSCONV_ISA
