@@ -21,7 +21,9 @@ DSCONV_DECLARE_CPU(avx512)
 DSCONV_DECLARE_CPU(avx2)
 DSCONV_DECLARE_CPU(portable)
 #undef DSCONV_DECLARE_CPU
-namespace cpu::avx512 {  // with AMX or AVX512-BF16
+namespace cpu::avx512 {
+extern const Kernel<DepthwiseProblem> narrow_planes_forward, narrow_planes_grad_input;
+// With AMX or AVX512-BF16:
 extern const Kernel<DepthwiseProblem> paired_rows_forward, paired_rows_grad_input;
 extern const Kernel<PointwiseProblem> tiles_forward, pairs_forward;
 extern const Kernel<SeparableProblem> fused_tiles_forward, fused_pairs_forward;

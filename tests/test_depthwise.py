@@ -130,6 +130,37 @@ PLANES = (
     "dw n1c70h150w40k3s2d1p1 nchw",
 )
 
+# By planes whose rows fit into vectors (csrc/cpu/narrow_planes.h): one vector, two of a row, two planes side by side, each
+# with a column to spare and with none; an odd number of planes, more than a block of them, rows cut for threads, dilated
+# rows of all phases, taps that no row or column meets.
+NARROW = (
+    "dw n2c5h7w7k3s1d1p1 nchw act=relu6",
+    "dw n1c37h7w7k5s1d1p2 nchw",
+    "dw n1c1h8w8k3s1d1p1 nchw act=relu",
+    "dw n3c3h5w7k7s1d1p3 nchw",
+    "dw n2c3h14w14k3s2d1p1 nchw act=silu",
+    "dw n1c4h16w16k5s2d1p2 nchw",
+    "dw n1c3h15w15k7s2d1p3 nchw act=relu",
+    "dw n1c35h14w14k3s1d1p1 nchw act=relu",
+    "dw n2c3h9w16k7s1d1p3 nchw",
+    "dw n1c3h12w9k5s1d1p2 nchw act=gelu",
+    "dw n2c5h28w28k3s2d1p1 nchw",
+    "dw n1c3h30w32k5s2d1p2 nchw act=relu6",
+    "dw n1c2h31w31k7s2d1p3 nchw",
+    "dw n1c3h20w18k3s2d1p1:0x1:0 nchw",
+    "dw n1c4h13w12k3s1d3p3 nchw",
+    "dw n1c3h9w8k3s1d2p2 nchw act=relu",
+    "dw n1c3h4w3k5s1d4p8 nchw",
+    "dw n2c3h7w7k3s1d1p1m3 nchw",
+    "dw n1c3h1w1k3s1d1p1 nchw",
+    "dw n1c5h2w3k3s2d1p1 nchw",
+    "dw n1c3h2000w14k3s1d1p1 nchw",
+    "dw n1c3h3000w7k3s1d1p1 nchw",
+    "dw n1c3h9w15k3s1d1p1 sliced",
+    "dw n2c3h6w5k3s1d1p2 sliced",
+    "dw n1c2h10w16k3s1d1p0 nchw",
+)
+
 # By lines (csrc/cpu/lines.h): fewer taps than a vector has lanes, as many, one more, several vectors of them; lines
 # that are shorter than a vector, in step with vectors or not, longer than a task; padding on one side, on none, as wide
 # as the window.
@@ -156,7 +187,12 @@ LINES = (
 
 
 # They are taken where they can run, however few lanes a width fills.
-CONTIGUOUS_ROWS = [row["name"] for row in choices.rows() if "_planes_" in row["name"] or "_lines_" in row["name"]]
+NARROW_ROWS = [row["name"] for row in choices.rows() if "_narrow_planes_" in row["name"]]
+CONTIGUOUS_ROWS = [
+    row["name"]
+    for row in choices.rows()
+    if row["name"] not in NARROW_ROWS and ("_planes_" in row["name"] or "_lines_" in row["name"])
+]
 
 
 def of_dtype(line: str, dtype: str) -> Case:
@@ -198,7 +234,7 @@ def test_accuracy(case):
 @pytest.mark.parametrize("row", row_parameters("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad"))
 def test_every_row(row, library):
     dtypes = itertools.cycle(["fp32", "bf16"])
-    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED), *map(of_dtype, PLANES[::3] + LINES[::3], dtypes)])
+    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED), *map(of_dtype, PLANES[::3] + NARROW[::3] + LINES[::3], dtypes)])
 
 
 @pytest.mark.parametrize("line", CELLS)
@@ -299,6 +335,17 @@ def test_what_is_infinite_stays_in_its_windows_of_a_line(taps, dtype):
 def test_contiguous(line, dtype):
     check_exact(of_dtype(line, dtype))
     check_accuracy(of_dtype(line, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("line", NARROW)
+@choices.forced(*NARROW_ROWS, *CONTIGUOUS_ROWS)
+def test_narrow_planes(line, dtype):
+    with choices.recorded() as made:
+        check_exact(of_dtype(line, dtype))
+    check_accuracy(of_dtype(line, dtype))
+    for row in NARROW_ROWS if dtype != "fp64" else ():  # of which a vector holds half as many
+        assert "rows wider than a vector" not in choices.refusals(made, row)
 
 
 @pytest.mark.parametrize(

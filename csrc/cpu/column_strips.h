@@ -120,6 +120,13 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
     weights += kCount * row.weight_block;
   };
   int64_t next = row.first;
+  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where one vector before them makes it so
+    constexpr uintptr_t kVector = kL * sizeof(S);
+    if (next < last && reinterpret_cast<uintptr_t>(columns + next) % (2 * kVector) == kVector) {
+      go.template operator()<1>(next);
+      next += kL;
+    }
+  }
   for (; next + (kVectors - 1) * kL < last; next += kVectors * kL) go.template operator()<kVectors>(next);
   if constexpr (kVectors > 1) {
     if (next < last) go.template operator()<1>(next);

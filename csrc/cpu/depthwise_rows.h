@@ -89,7 +89,8 @@ struct Rows {
   };
   static double part(const DepthwiseProblem& p) {
     const View &in = kTransposed ? p.grad_x : p.x, &out = kTransposed ? p.grad : p.y;  // of the convolution
-    return part_of_turning<T>(in.stride[1] != 1, out.stride[1] != 1, p.window, 4.5);
+    constexpr double kTurn = kVectorBytes == 64 ? 7.5 : 4.5;
+    return part_of_turning<T>(in.stride[1] != 1, out.stride[1] != 1, p.window, kTurn);
   }
   static ChannelMap output_map(const DepthwiseProblem& p) {
     return {kTransposed ? p.channels : p.channels * p.multiplier, 1, 1};

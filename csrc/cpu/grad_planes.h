@@ -48,6 +48,12 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
   unroll<kRows * kTaps>([&]<int i>() __attribute__((always_inline)) { sum[i] = sums[kFirst * kTaps + i]; });
   const S *next_x = planes.next_x, *next_grad = planes.next_grad;
   const int64_t dilation = strip.dilation;
+  const KeptLanes<T> outputs(strip.outputs);
+  KeptLanes<T> inside[kTaps], columns[kTaps][kStride];
+  unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
+    inside[t] = KeptLanes<T>(strip.inside[t]);
+    unroll<kStride>([&]<int i>() __attribute__((always_inline)) { columns[t][i] = KeptLanes<T>(strip.columns[t][i]); });
+  });
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low - kFirst, high = piece.high - kFirst, count = piece.count;
@@ -59,7 +65,7 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
     // As go_down says: row j of the gradients begins, in live[k], and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kBegin, int kEnd, bool kChecked>(int64_t j) __attribute__((always_inline)) {
       if (kBegin == 0 && (!kChecked || j < count)) {
-        const Vec<T> g = widened<S>(kInner ? load_bits_once(grad) : strip.outputs.load(grad));
+        const Vec<T> g = widened<S>(kInner ? load_bits_once(grad) : outputs.load(grad));
         live[k] = kShuffles<S, kStride> ? from_proper_order<T>(g) : g;
         if constexpr (kFirst == 0) {
           bias += g;
@@ -70,25 +76,25 @@ static void grad_strip(const PlanePair<S>& planes, const Piece* pieces, int64_t 
       }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
-          const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
+          const auto columns_of = [&]<int t, int i>() __attribute__((always_inline)) {
             const S* at = x + t * dilation + i * kL;
             if constexpr (kInner) return load_bits_once(at);
-            return strip.columns[t][i].load(at);
+            return columns[t][i].load(at);
           };
-          for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
+          for_taps<S, kTaps, kStride>(columns_of, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
             unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
               constexpr int u = m * kStride + r;
               if constexpr (m >= kBegin && m < kEnd && u < kRows) {
                 if (kChecked && kEnd - kBegin == kLive && (j < m || j - m >= count)) return;  // does the row exist?
                 Vec<T>& to = sum[u * kTaps + t];
                 const Vec<T> g = live[(k + kLive - m) % kLive];
-                to = kInner ? to + value * g : strip.inside[t].add_product(to, value, g);
+                to = kInner ? to + value * g : inside[t].add_product(to, value, g);
               }
             });
           });
         }
         if constexpr (kFirst == 0) {
-          __builtin_prefetch(next_x, 0, 2);
+          unroll<kStride>([&]<int i>() __attribute__((always_inline)) { __builtin_prefetch(next_x + i * kL, 0, 2); });
           next_x += kL * kStride;
         }
         x += x_row;

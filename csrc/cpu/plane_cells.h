@@ -41,6 +41,8 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
     const Vec<T> weight = splat(plane.weights[(Taps::place(ty) * kTaps + Taps::place(tx)) * kL]);
     w[ty][tx] = kReach != Reach::inner ? strip.weights[Taps::input(tx)].of(weight) : weight;
   });
+  KeptLanes<T> columns[kLive];
+  unroll<kLive>([&]<int i>() __attribute__((always_inline)) { columns[i] = KeptLanes<T>(strip.columns[i][0]); });
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low, high = piece.high, rows = piece.count, x_row = piece.x_row, y_row = piece.y_row;
@@ -68,7 +70,7 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
       if (!kChecked || (j >= low && j < high)) {
         unroll<Taps::kInputs>([&]<int i>() __attribute__((always_inline)) {
           const S* at = x + i;
-          const Vec<T> value = widened<S>(kReach == Reach::inner ? load_bits_once(at) : strip.columns[i][0].load(at));
+          const Vec<T> value = widened<S>(kReach == Reach::inner ? load_bits_once(at) : columns[i].load(at));
           unroll<kLive * 4>([&]<int n>() __attribute__((always_inline)) {
             constexpr int m = n / 4, ty = Taps::tap(n / 2 % 2, m), tx = Taps::tap(n % 2, i);
             if constexpr (m >= kFirst && m < kLast && ty >= 0 && tx >= 0)
@@ -119,9 +121,10 @@ struct ByCells {
     }
     return cuts;
   }
-  template <Reach kReach>
-  static void run(const Plane<S>& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
-    cell_strip<S, kTaps, kOdd, kReach>(plane, pieces, count, strip);
+  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const StripWork<StripOf>& work) {
+    work.for_each(image, first, last, [](const auto& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
+      with_reach(strip.reach, [&]<Reach reach>() { cell_strip<S, kTaps, kOdd, reach>(plane, pieces, count, strip); });
+    });
   }
 };
 

@@ -12,6 +12,22 @@
 
 namespace dsconv::cpu::DSCONV_ISA {
 
+#if DSCONV_VECTOR_BYTES == 64
+// The lanes whose bits are set, zero elsewhere.
+template <class S>
+DSCONV_INLINE Bits<S> load_lanes(const S* p, uint32_t lanes) {
+  if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(lanes, p);
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(lanes, p);
+  if constexpr (sizeof(S) == 2) return reinterpret_cast<Bits<S>>(_mm256_maskz_loadu_epi16(lanes, p));
+}
+// acc + a * b in the lanes whose bits are set, acc in the others.
+template <class V>
+DSCONV_INLINE V add_product_in(uint32_t lanes, V acc, V a, V b) {
+  if constexpr (sizeof a[0] == 8) return _mm512_mask3_fmadd_pd(a, b, acc, lanes);
+  if constexpr (sizeof a[0] == 4) return _mm512_mask3_fmadd_ps(a, b, acc, lanes);
+}
+#endif
+
 // The lanes [low, high) of a vector, the others neither read nor written.
 template <class T>
 struct Lanes {
@@ -49,18 +65,16 @@ struct Lanes {
   // acc + a * b in those lanes, acc in the others, for a value of `a` that is zero there.
   __attribute__((always_inline)) Vec<T> add_product(Vec<T> acc, Vec<T> a, Vec<T> b) const {
 #if DSCONV_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 8) return _mm512_mask3_fmadd_pd(a, b, acc, bits);
-    if constexpr (sizeof(T) == 4) return _mm512_mask3_fmadd_ps(a, b, acc, bits);
-#endif
+    return add_product_in(bits, acc, a, b);
+#else
     return acc + a * of(b);
+#endif
   }
   // Those in memory, zero elsewhere. Of half types with AVX2, the row must have a vector's width.
   template <class S>
   __attribute__((always_inline)) Bits<S> load(const S* p) const {
 #if DSCONV_VECTOR_BYTES == 64
-    if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(bits, p);
-    if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(bits, p);
-    if constexpr (sizeof(S) == 2) return reinterpret_cast<Bits<S>>(_mm256_maskz_loadu_epi16(bits, p));
+    return load_lanes(p, bits);
 #elif DSCONV_VECTOR_BYTES == 32
     if constexpr (sizeof(S) == 8) return _mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask));
     if constexpr (sizeof(S) == 4) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
@@ -74,6 +88,34 @@ struct Lanes {
     for (int64_t l = low; l < high; ++l) values[l] = p[l];
     return load_bits(values);
   }
+};
+
+// The same for a loop: what AVX-512 loads by in a register. Compilers would rather read it again for every load.
+template <class T>
+struct KeptLanes {
+#if DSCONV_VECTOR_BYTES == 64
+  uint32_t bits;
+  KeptLanes() = default;
+  explicit KeptLanes(const Lanes<T>& lanes) : bits(lanes.bits) { asm("" : "+k"(bits)); }
+  template <class S>
+  __attribute__((always_inline)) Bits<S> load(const S* p) const {
+    return load_lanes(p, bits);
+  }
+  __attribute__((always_inline)) Vec<T> add_product(Vec<T> acc, Vec<T> a, Vec<T> b) const {
+    return add_product_in(bits, acc, a, b);
+  }
+#else
+  const Lanes<T>* lanes;
+  KeptLanes() = default;
+  explicit KeptLanes(const Lanes<T>& lanes) : lanes(&lanes) {}
+  template <class S>
+  __attribute__((always_inline)) Bits<S> load(const S* p) const {
+    return lanes->load(p);
+  }
+  __attribute__((always_inline)) Vec<T> add_product(Vec<T> acc, Vec<T> a, Vec<T> b) const {
+    return lanes->add_product(acc, a, b);
+  }
+#endif
 };
 
 // Stores neighbouring outputs; `count` of them if that is not a vector.
@@ -178,6 +220,14 @@ DSCONV_INLINE void for_taps(const Columns& columns, const Use& use) {
 
 // Strips that read no column outside the tensor, that do, and that do and have fewer outputs than a vector lanes.
 enum class Reach { inner, edge, narrow };
+template <class Fn>
+DSCONV_INLINE void with_reach(Reach reach, Fn fn) {
+  switch (reach) {
+    case Reach::inner: return fn.template operator()<Reach::inner>();
+    case Reach::edge: return fn.template operator()<Reach::edge>();
+    case Reach::narrow: return fn.template operator()<Reach::narrow>();
+  }
+}
 
 // One vector's width of a plane. Columns are counted from the one that the strip's first output reads first.
 template <class T, int kTaps, int kStride>
@@ -220,6 +270,49 @@ struct Plane {
   T bias;
   const Limits<T>& limits;
 };
+// Those of an image.
+template <class S, class T = Compute<S>>
+struct ImagePlanes {
+  const S* x;
+  S* y;
+  int64_t x_step, y_step;  // between channels
+  int64_t multiplier;      // channels of the output that read one of the input
+  const T* weights;        // [block][tap][lane]
+  int64_t weight_block;    // elements of a block
+  const T* bias;
+  int64_t channels;
+  const Limits<T>& limits;
+
+  __attribute__((always_inline)) Plane<S> plane(int64_t channel) const {
+    constexpr int kL = kLanes<T>;
+    const int64_t block = channel / kL, lane = channel - block_channel<T>(block * kL, channels);
+    const int64_t source = multiplier == 1 ? channel : channel / multiplier;
+    return {x + source * x_step, y + channel * y_step, weights + block * weight_block + lane, bias[channel], limits};
+  }
+};
+
+// What is done to planes: all strips of some pieces after each other.
+template <class Strip>
+struct StripWork {
+  const Piece* pieces;
+  int64_t piece_count;
+  int64_t together;  // pieces for which a strip has the same weights
+  const Strip* strips;
+  int64_t strip_count;
+
+  // run(plane, pieces, their count, strip) for all of channels [first, last).
+  template <class S, class Run>
+  __attribute__((always_inline)) void for_each(const ImagePlanes<S>& image, int64_t first, int64_t last,
+                                               const Run& run) const {
+    for (int64_t channel = first; channel < last; ++channel) {
+      const Plane<S> plane = image.plane(channel);
+      for (int64_t i = 0; i < piece_count; i += together) {
+        for (const Strip* strip = strips; strip < strips + strip_count; ++strip)
+          run(plane, pieces + i, min64(together, piece_count - i), *strip);
+      }
+    }
+  }
+};
 
 // The outputs of a strip in the rows of some pieces, one after the other.
 template <class S, int kTaps, int kStride, Reach kReach, class T = Compute<S>>
@@ -232,56 +325,59 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
     const Vec<T> inside = kReach != Reach::inner ? strip.weights[i % kTaps].of(weight) : weight;
     w[i / kTaps][i % kTaps] = kShuffles<S, kStride> ? from_proper_order<T>(inside) : inside;
   });
+  KeptLanes<T> inside[kTaps][kStride];  // columns
+  unroll<kTaps * kStride>([&]<int i>() __attribute__((always_inline)) {
+    inside[i / kStride][i % kStride] = KeptLanes<T>(strip.columns[i / kStride][i % kStride]);
+  });
   const Vec<T> bias = splat(plane.bias);
   const int64_t dilation = strip.dilation;
   const Limits<T> limits = plane.limits;
   for (const Piece* p = pieces; p < pieces + piece_count; ++p) {
     const Piece& piece = *p;
     const int64_t low = piece.low, high = piece.high, count = piece.count, x_row = piece.x_row, y_row = piece.y_row;
-    const int64_t from = ceil_div(max64(low, 0), kStride),
-                  to = min64(count, floor_div(high, kStride));  // without checks
+    const int64_t steps = count + kLive - 1;
     // Rows of outputs shorter than a vector are stored as a whole one where later rows write anew what that is too much.
-    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count,
-                  whole = count + kLive - 1 - spilled;
+    const int64_t spilled = y_row == strip.count ? ceil_div(kL, strip.count) - 1 : count, whole = steps - spilled;
     const S* x = plane.x + piece.x + strip.first * kStride;
     S* y = plane.y + piece.y + strip.first;
     const S* next_x = plane.x + piece.x_next + strip.first * kStride * (count * kStride);  // a strip fetches its share
     const S* next_y = plane.y + piece.y_next + strip.first * count;
-    // As go_down says: row j of the outputs begins, in accumulator k, and row j - kLive + 1 ends.
-    const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
-      if constexpr (kFirst == 0) acc[k] = bias;
+    // Step j begins row j of the outputs, the last of those in work, and ends the first one. Rows that do not exist cost less
+    // than code that leaves them out.
+    for (int64_t j = 0; j < steps; ++j) {
+      unroll<kLive - 1>([&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
+      acc[kLive - 1] = bias;
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-        if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
+        if (j * kStride + r >= low && j * kStride + r < high) {
           const auto columns = [&]<int t, int i>() __attribute__((always_inline)) {
             const S* at = x + t * dilation + i * kL;
             if constexpr (kReach == Reach::inner) return load_bits_once(at);
-            return strip.columns[t][i].load(at);
+            return inside[t][i].load(at);
           };
           for_taps<S, kTaps, kStride>(columns, [&]<int t>(Vec<T> value) __attribute__((always_inline)) {
-            unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
-              constexpr int u = m * kStride + r;
-              if constexpr (m >= kFirst && m < kLast && u < kTaps) acc[(k + kLive - m) % kLive] += value * w[u][t];
+            unroll<kLive>([&]<int i>() __attribute__((always_inline)) {
+              constexpr int u = (kLive - 1 - i) * kStride + r;
+              if constexpr (u < kTaps) acc[i] += value * w[u][t];
             });
           });
         }
-        __builtin_prefetch(next_x, 0, 2);
+        unroll<kStride>([&]<int i>() __attribute__((always_inline)) { __builtin_prefetch(next_x + i * kL, 0, 2); });
         next_x += kL * kStride;
         x += x_row;
       });
       __builtin_prefetch(next_y, 1, 2);
       next_y += kL;
-      if (kLast < kLive || (kChecked && j < kLive - 1)) return;
-      Vec<T> done = acc[(k + 1) % kLive];
+      if (j < kLive - 1) continue;
+      Vec<T> done = acc[0];
       if constexpr (kShuffles<S, kStride>) done = to_proper_order<T>(done);
       put_outputs<S>(y, done, limits, kReach == Reach::narrow && j >= whole ? strip.count : kL);
       y += y_row;
-    };
-    go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) { acc[i] = acc[i + 1]; });
+    }
   }
 }
 
-// Planes by such strips. (Others have the same form, for example those of plane_cells.h: a lane makes kOutputs columns of
-// outputs, and as many rows, with every kInputs columns of the input; rows are counted in such units.)
+// Planes by such strips. (Others have the same form, those of plane_cells.h and narrow_planes.h: a lane makes kOutputs columns
+// of outputs, and as many rows, with every kInputs columns of the input; rows are counted in such units.)
 template <class S, int kTaps, int kStride>
 struct ByOutputs {
   using StripOf = Strip<Compute<S>, kTaps, kStride>;
@@ -319,9 +415,11 @@ struct ByOutputs {
     }
     return next - pieces;
   }
-  template <Reach kReach>
-  static void run(const Plane<S>& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
-    plane_strip<S, kTaps, kStride, kReach>(plane, pieces, count, strip);
+  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const StripWork<StripOf>& work) {
+    work.for_each(image, first, last, [](const auto& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
+      with_reach(strip.reach,
+                 [&]<Reach reach>() { plane_strip<S, kTaps, kStride, reach>(plane, pieces, count, strip); });
+    });
   }
 };
 

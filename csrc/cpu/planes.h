@@ -105,26 +105,29 @@ struct Planes {
     const int64_t together = p.window.dilation[1] > 1 ? out[1] : 1;
     const Limits<T> limits(shared.activation);
     const int64_t channels = plan.channels, tasks = p.batch * channels * per_plane;
-    const int64_t multiplier = kTransposed ? 1 : p.multiplier;
     auto body = [&](int64_t task, int64_t end, int64_t) {
-      for (; task < end; ++task) {
-        const int64_t tile = task % per_plane, channel = task / per_plane % channels,
-                      image = task / per_plane / channels;
-        const int64_t first = block_channel<T>(channel / kL * kL, channels);
-        const Plane<S> plane{
-            static_cast<const S*>(from.data) + image * from.stride[0] + channel / multiplier * from.stride[1],
-            static_cast<S*>(to.data) + image * to.stride[0] + channel * to.stride[1],
-            shared.weights + channel / kL * shared.weight_block + (channel - first), shared.bias[channel], limits};
-        for (int64_t i = ends[tile]; i < ends[tile + 1]; i += together) {
-          const int64_t count = min64(together, ends[tile + 1] - i);
-          for (int64_t s = 0; s < strip_count; ++s) {
-            const StripOf& strip = strips[s];
-            const Piece* first = pieces + i;
-            if (strip.reach == Reach::inner) By::template run<Reach::inner>(plane, first, count, strip);
-            if (strip.reach == Reach::edge) By::template run<Reach::edge>(plane, first, count, strip);
-            if (strip.reach == Reach::narrow) By::template run<Reach::narrow>(plane, first, count, strip);
-          }
-        }
+      int64_t tile = task % per_plane, channel = task / per_plane % channels, image = task / per_plane / channels;
+      while (task < end) {
+        const ImagePlanes<S> planes{static_cast<const S*>(from.data) + image * from.stride[0],
+                                    static_cast<S*>(to.data) + image * to.stride[0],
+                                    from.stride[1],
+                                    to.stride[1],
+                                    kTransposed ? 1 : p.multiplier,
+                                    shared.weights,
+                                    shared.weight_block,
+                                    shared.bias,
+                                    channels,
+                                    limits};
+        const int64_t last = per_plane > 1 ? channel + 1 : min64(channels, channel + end - task);
+        const StripWork<StripOf> work{pieces + ends[tile], ends[tile + 1] - ends[tile], together, strips, strip_count};
+        By::run(planes, channel, last, work);
+        task += last - channel;
+        if (++tile < per_plane) continue;
+        tile = 0;
+        channel = last;
+        if (channel < channels) continue;
+        channel = 0;
+        ++image;
       }
     };
     for_slots(runtime, tasks, thread_slots(runtime.threads, tasks, depthwise_flops(p)), body);

@@ -28,19 +28,27 @@ DSCONV_INLINE Vec<T> load_part(const S* p, int64_t count) {
 #endif
   return load_wide<S>(part);
 }
+#if DSCONV_VECTOR_BYTES == 64
+// The lanes whose bits are set, the others not written.
+template <class S, class T = Compute<S>>
+DSCONV_INLINE void store_lanes(S* p, Vec<T> v, uint32_t lanes) {
+  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, lanes, v);
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, lanes, v);
+  if constexpr (sizeof(S) == 2) {
+    const __m256i bits = kRoundsBf16<S> && has_avx512_bf16 ? bf16_bits(v) : reinterpret_cast<__m256i>(narrowed<S>(v));
+    _mm256_mask_storeu_epi16(p, lanes, bits);
+  }
+}
+#endif
+// The first lanes.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void store_part(S* p, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return store_narrow<S>(p, v);
 #if DSCONV_VECTOR_BYTES == 64
-  const unsigned mask = (1u << count) - 1;
-  if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, mask, v);
-  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, mask, v);
-#endif
+  store_lanes<S>(p, v, (1u << count) - 1);
+#else
   S part[kLanes<T>];
   store_narrow<S>(part, v);
-#if DSCONV_VECTOR_BYTES == 64
-  _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
-#else
   for (int64_t i = 0; i < count; ++i) p[i] = part[i];
 #endif
 }

@@ -348,12 +348,19 @@ DSCONV_INLINE void store_narrow(S* p, Vec<T> v) {
 // The same for bfloat16 where the processor rounds to it (has_avx512_bf16); subnormals become zeros.
 template <class S>
 constexpr bool kRoundsBf16 = kVectorBytes == 64 && kIsBFloat16<S>;
+#if DSCONV_VECTOR_BYTES == 64
+template <class V>
+DSCONV_INLINE __m256i bf16_bits(V v) {
+  __m256i bits;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+  return bits;
+}
+#endif
 template <class S, class V>
 DSCONV_INLINE void store_bf16([[maybe_unused]] S* p, [[maybe_unused]] V v) {
 #if DSCONV_VECTOR_BYTES == 64
   if constexpr (kRoundsBf16<S>) {
-    __m256i bits;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    const __m256i bits = bf16_bits(v);
     memcpy(p, &bits, sizeof bits);
   }
 #endif
