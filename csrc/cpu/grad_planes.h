@@ -220,9 +220,7 @@ struct PlanesGradWeight {
         }
         if (folds > 0) fold();
         add_lanes<kSums>(folds > 0 ? longer : sums, totals);
-        T values[kSums];
-        for (int i = 0; i < kSums; ++i) values[i] = static_cast<T>(totals[i / kL][i % kL]);
-        write(p, channel, values, kTaps * kTaps);
+        write<kTaps * kTaps>(p, channel, totals);
       }
     };
     for_slots(runtime, channels, thread_slots(runtime.threads, channels, depthwise_flops(p)), body);
@@ -266,14 +264,25 @@ struct PlanesGradWeight {
     });
   }
 
-  static void write(const DepthwiseProblem& p, int64_t channel, const T* totals, int64_t taps) {
+  template <int kCount>  // taps, which the bias follows
+  static void write(const DepthwiseProblem& p, int64_t channel, const Totals* totals) {
+    Vec<T> values[ceil_div(kCount + 1, kL)];
+    unroll<ceil_div(kCount + 1, kL)>(
+        [&]<int i>() __attribute__((always_inline)) { values[i] = __builtin_convertvector(totals[i], Vec<T>); });
     if (p.grad_weight.data) {
-      const bool dense = has_dense_taps(p.grad_weight, p.window);
-      S* filter = static_cast<S*>(p.grad_weight.data) + channel * p.grad_weight.stride[0];
-      for (int64_t t = 0; t < taps; ++t)
-        narrow(totals[t], filter + (dense ? t : tap_offset(p.grad_weight, p.window, t)));
+      S* const filter = static_cast<S*>(p.grad_weight.data) + channel * p.grad_weight.stride[0];
+      if (has_dense_taps(p.grad_weight, p.window)) {
+        unroll<ceil_div(kCount, kL)>([&]<int i>() __attribute__((always_inline)) {
+          store_part<S>(filter + i * kL, values[i], min64(kL, kCount - i * kL));
+        });
+      } else {
+        for (int64_t t = 0; t < kCount; ++t)
+          narrow(static_cast<T>(values[t / kL][t % kL]), filter + tap_offset(p.grad_weight, p.window, t));
+      }
     }
-    if (p.grad_bias.data) narrow(totals[taps], static_cast<S*>(p.grad_bias.data) + channel * p.grad_bias.stride[0]);
+    if (p.grad_bias.data)
+      narrow(static_cast<T>(values[kCount / kL][kCount % kL]),
+             static_cast<S*>(p.grad_bias.data) + channel * p.grad_bias.stride[0]);
   }
 };
 
