@@ -94,8 +94,8 @@ STRIPS = (
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
 # one side or both and with none, taps that no column meets, more rows than one chain of additions, several images in
-# one, rows of taps outside, dilated rows of all phases, rows that end where a vector does or a column before or behind;
-# cells with half a one at either end, of both parities.
+# one, rows of taps outside, dilated rows of all phases, rows that end where a vector does or a column before or behind,
+# with columns left that two planes share or cannot share; cells with half a one at either end, of both parities.
 PLANES = (
     "dw n3c5h5w5k3s1d1p1 nchw",
     "dw n2c6h70w37k3s1d1p1 nchw act=relu",
@@ -128,11 +128,17 @@ PLANES = (
     "dw n2c3h15w18k5s2d1p3 sliced",
     "dw n2c3h4w3k3s2d1p1 nchw",
     "dw n1c70h150w40k3s2d1p1 nchw",
+    "dw n1c5h40w33k3s1d6p6 nchw",
+    "dw n1c3h26w33k3s1d12p12 nchw act=relu",
+    "dw n2c3h9w24k7s1d1p3 nchw act=relu6",
+    "dw n2c19h9w25k3s1d1p1 nchw",
+    "dw n1c3h66w46k3s2d1p1 nchw act=silu",
+    "dw n1c2h70w20k5s1d1p2m3 nchw",
 )
 
-# By planes whose rows fit into vectors (csrc/cpu/narrow_planes.h): one vector, two of a row, two planes side by side, each
-# with a column to spare and with none; an odd number of planes, more than a block of them, rows cut for threads, dilated
-# rows of all phases, taps that no row or column meets.
+# By planes whose rows fit into vectors (csrc/cpu/plane_rows.h): one vector, two of a row, two planes side by side, each
+# with a column to spare and with none; an odd number of planes, more than a block of them, rows cut for threads,
+# dilated rows of all phases, taps that no row or column meets.
 NARROW = (
     "dw n2c5h7w7k3s1d1p1 nchw act=relu6",
     "dw n1c37h7w7k5s1d1p2 nchw",
@@ -234,7 +240,8 @@ def test_accuracy(case):
 @pytest.mark.parametrize("row", row_parameters("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad"))
 def test_every_row(row, library):
     dtypes = itertools.cycle(["fp32", "bf16"])
-    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED), *map(of_dtype, PLANES[::3] + NARROW[::3] + LINES[::3], dtypes)])
+    contiguous = [*PLANES[::3], *NARROW[::3], *LINES[::3]]
+    check_row(row, [*ROW_CASES, *map(Case.parse, PAIRED), *map(of_dtype, contiguous, dtypes)])
 
 
 @pytest.mark.parametrize("line", CELLS)

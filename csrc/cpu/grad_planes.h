@@ -183,7 +183,7 @@ struct PlanesGradWeight {
     for (int64_t i = 0, pieces_before = 0; i < tiles; ++i) {
       const int64_t top = w.out[1] * i / tiles, bottom = w.out[1] * (i + 1) / tiles, rows = bottom - top;
       Piece* const first = pieces + pieces_before;
-      const int64_t count = ByOutputs<S, kTaps, kStride>::cut_rows(correlation, p.x, p.grad, top, bottom, rows, first);
+      const int64_t count = OutputRows<S, kTaps, kStride>::cut_rows(correlation, p.x, p.grad, top, bottom, rows, first);
       tile_list[i] = {first, count, rows};
       pieces_before += count;
     }

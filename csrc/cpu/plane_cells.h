@@ -100,6 +100,7 @@ template <class S, int kTaps, int kOdd>
 struct ByCells {
   using Taps = CellTaps<kTaps, kOdd>;
   using StripOf = CellStrip<Compute<S>, Taps::kInputs>;
+  using Work = StripWork<StripOf, StripOf>;
   static constexpr int kOutputs = 2, kInputs = 1;
 
   static int64_t first_column(const Correlation& c) { return c.window.pad[2] / 2 + Taps::kFirst; }
@@ -121,7 +122,7 @@ struct ByCells {
     }
     return cuts;
   }
-  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const StripWork<StripOf>& work) {
+  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const Work& work) {
     work.for_each(image, first, last, [](const auto& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
       with_reach(strip.reach, [&]<Reach reach>() { cell_strip<S, kTaps, kOdd, reach>(plane, pieces, count, strip); });
     });

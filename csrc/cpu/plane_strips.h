@@ -292,13 +292,14 @@ struct ImagePlanes {
 };
 
 // What is done to planes: all strips of some pieces after each other.
-template <class Strip>
+template <class Strip, class Rest>
 struct StripWork {
   const Piece* pieces;
   int64_t piece_count;
   int64_t together;  // pieces for which a strip has the same weights
   const Strip* strips;
   int64_t strip_count;
+  const Rest* rest;  // null, or columns after those of the strips
 
   // run(plane, pieces, their count, strip) for all of channels [first, last).
   template <class S, class Run>
@@ -376,11 +377,10 @@ static void plane_strip(const Plane<S>& plane, const Piece* pieces, int64_t piec
   }
 }
 
-// Planes by such strips. (Others have the same form, those of plane_cells.h and narrow_planes.h: a lane makes kOutputs columns
-// of outputs, and as many rows, with every kInputs columns of the input; rows are counted in such units.)
+// How planes are cut for such strips. (ByCells of plane_cells.h has the same form: a lane makes kOutputs columns of outputs,
+// and as many rows, with every kInputs columns of the input; rows are counted in such units.)
 template <class S, int kTaps, int kStride>
-struct ByOutputs {
-  using StripOf = Strip<Compute<S>, kTaps, kStride>;
+struct OutputRows {
   static constexpr int kOutputs = 1, kInputs = kStride;
 
   // The column that output 0 reads first.
@@ -414,12 +414,6 @@ struct ByOutputs {
       }
     }
     return next - pieces;
-  }
-  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const StripWork<StripOf>& work) {
-    work.for_each(image, first, last, [](const auto& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
-      with_reach(strip.reach,
-                 [&]<Reach reach>() { plane_strip<S, kTaps, kStride, reach>(plane, pieces, count, strip); });
-    });
   }
 };
 

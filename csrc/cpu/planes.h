@@ -3,8 +3,37 @@
 
 #include "depthwise_rows.h"
 #include "plane_cells.h"
+#include "plane_rows.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
+
+// Planes by strips of outputs. With AVX-512, columns that would fill no more than half a vector are those of two planes (but
+// where the memory sets the pace: strips in turn fetch all of what comes next).
+template <class S, int kTaps, int kStride>
+struct ByOutputs : OutputRows<S, kTaps, kStride> {
+  using T = Compute<S>;
+  using StripOf = Strip<T, kTaps, kStride>;
+  using RestOf = RowStrip<T, kTaps, kStride, RowForm::planes>;
+  using Work = StripWork<StripOf, RestOf>;
+
+  static void run(const ImagePlanes<S>& image, int64_t first, int64_t last, const Work& work) {
+    const auto strips = [&](int64_t first, int64_t last) {
+      work.for_each(
+          image, first, last, [](const auto& plane, const Piece* pieces, int64_t count, const StripOf& strip) {
+            with_reach(strip.reach,
+                       [&]<Reach reach>() { plane_strip<S, kTaps, kStride, reach>(plane, pieces, count, strip); });
+          });
+    };
+    if (!work.rest) return strips(first, last);
+#if DSCONV_VECTOR_BYTES == 64
+    for (int64_t channel = first; channel < last; channel += 2) {
+      const int64_t end = min64(channel + 2, last);
+      strips(channel, end);
+      plane_rows<S, kTaps, kStride, RowForm::planes>(image, channel, end, work.pieces, work.piece_count, *work.rest);
+    }
+#endif
+  }
+};
 
 template <class S, bool kTransposed>
 struct Planes {
@@ -40,8 +69,10 @@ struct Planes {
     const Window& w = p.window;
     const int64_t* out = kTransposed ? w.in : w.out;
     const int64_t unit = kTransposed ? w.stride[1] : 1, rows = ceil_div(out[1], unit), columns = ceil_div(out[2], unit);
-    const int64_t strips = ceil_div(columns, kL), products = product(w.taps) * max64(rows, 1);
-    return filled_lanes<T>(columns) / (1 + kStrip / products) * strips / (strips + kEdges);
+    const int64_t strips = ceil_div(columns, kL), left = columns % kL, products = product(w.taps) * max64(rows, 1);
+    const bool shared = kVectorBytes == 64 && unit == 1 && strips > 1 && left > 0 && left <= kL / 2;  // by two planes
+    const double filled = static_cast<double>(columns) / kL / (static_cast<double>(strips) - (shared ? 0.4 : 0));
+    return filled / (1 + kStrip / products) * strips / (strips + kEdges);
   }
 
   // Of a plane, to be worked on at the same time.
@@ -52,7 +83,7 @@ struct Planes {
   static size_t workspace_bytes(const DepthwiseProblem& p, int) {
     const Plan plan = Shared::plan_of(p);
     const auto& out = plan.c.target();
-    return kBlockBytes + Shared::shared_bytes(p, plan) + piece_bytes<Strip<T, 7, 2>>(ceil_div(out[2], kL)) +
+    return kBlockBytes + Shared::shared_bytes(p, plan) + piece_bytes<Strip<T, 7, 2>>(ceil_div(out[2], kL) + 1) +
            piece_bytes<Piece>(out[1]) + piece_bytes<int64_t>(tiles(p, plan) + 1);
   }
   static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
@@ -81,13 +112,27 @@ struct Planes {
     const BlockRow<T> shared = Shared::shared_row(p, plan, arena);
     const auto &in = plan.c.source(), &out = plan.c.target();
     const int64_t rows = ceil_div(out[1], By::kOutputs), columns = ceil_div(out[2], By::kOutputs);
-    const int64_t strip_count = ceil_div(columns, kL);
-    StripOf* const strips = take<StripOf>(arena, strip_count);
-    for (int64_t s = 0; s < strip_count; ++s) {
-      const int64_t first = max64(0, min64(s * kL, columns - kL));
-      const int64_t at = By::first_column(plan.c) + first * By::kInputs;
-      strips[s] = StripOf(first, out[2], -at, in[2] - at, p.window.dilation[2]);
+    const int64_t dilation = p.window.dilation[2], whole = columns / kL;
+    // Of the columns that the strip's outputs read from the first one on: where the tensor begins.
+    const auto low_of = [&](int64_t first) { return -(By::first_column(plan.c) + first * By::kInputs); };
+    typename By::Work work{};
+    work.strip_count = ceil_div(columns, kL);
+    if constexpr (kVectorBytes == 64 && requires { typename By::RestOf; }) {
+      using RestOf = typename By::RestOf;
+      const int64_t first = whole * kL, left = columns - first, low = low_of(first), high = in[2] + low;
+      if (whole > 0 && left > 0 && !is_large<S>(p, kNearBytes) && RestOf::fits(left, low, high, dilation)) {
+        RestOf* const rest = take<RestOf>(arena, 1);
+        *rest = RestOf(first, left, low, high, dilation);
+        work.rest = rest;
+        work.strip_count = whole;
+      }
     }
+    StripOf* const strips = take<StripOf>(arena, work.strip_count);
+    for (int64_t s = 0; s < work.strip_count; ++s) {
+      const int64_t first = max64(0, min64(s * kL, columns - kL));
+      strips[s] = StripOf(first, out[2], low_of(first), in[2] + low_of(first), dilation);
+    }
+    work.strips = strips;
     const int64_t per_plane = tiles(p, plan);
     Piece* const pieces = take<Piece>(arena, out[1]);
     int64_t* const ends = take<int64_t>(arena, per_plane + 1);  // of the pieces of each tile
@@ -102,7 +147,7 @@ struct Planes {
 
     // Strips side by side share lines of the cache; but dilated rows are many short pieces, for which a strip has the same
     // weights.
-    const int64_t together = p.window.dilation[1] > 1 ? out[1] : 1;
+    work.together = p.window.dilation[1] > 1 ? out[1] : 1;
     const Limits<T> limits(shared.activation);
     const int64_t channels = plan.channels, tasks = p.batch * channels * per_plane;
     auto body = [&](int64_t task, int64_t end, int64_t) {
@@ -119,8 +164,10 @@ struct Planes {
                                     channels,
                                     limits};
         const int64_t last = per_plane > 1 ? channel + 1 : min64(channels, channel + end - task);
-        const StripWork<StripOf> work{pieces + ends[tile], ends[tile + 1] - ends[tile], together, strips, strip_count};
-        By::run(planes, channel, last, work);
+        typename By::Work own = work;
+        own.pieces = pieces + ends[tile];
+        own.piece_count = ends[tile + 1] - ends[tile];
+        By::run(planes, channel, last, own);
         task += last - channel;
         if (++tile < per_plane) continue;
         tile = 0;
