@@ -128,13 +128,15 @@ struct PlanesGradWeight {
   // registers, rows of taps take turns, and lanes at borders are cleared; with four lanes rows are always faster.
   static double part(const DepthwiseProblem& p) {
     constexpr bool kMany = kVectorBytes == 64, kFew = kVectorBytes == 16;
-    constexpr double kStrip = kMany ? 70 : 140, kSum = kMany ? 6 : 12;
+    constexpr double kStrip = kMany ? 70 : 140, kSum = kMany ? 3 : 12;
     const Window& w = p.window;
     const double taps = static_cast<double>(product(w.taps));
     const int64_t strips = p.batch * ceil_div(w.out[2], kL), tiles = ceil_div(w.out[1], tile_rows(p));
     const int groups = groups_of(static_cast<int>(w.taps[1]), static_cast<int>(w.stride[1]));
-    const double slower = (kMany ? 1.0 : kFew ? 5 : groups > 1 ? 2.4 : 1.1) * (w.stride[1] == 2 ? 1.15 : 1);
-    const double time = slower * taps * strips * w.out[1] + kStrip * strips * tiles * groups + kSum * (taps + 1);
+    const bool strided = w.stride[1] == 2;
+    const double slower = kMany ? 1.0 : (kFew ? 5 : groups > 1 ? 2.4 : 1.1) * (strided ? 1.15 : 1);
+    const double row = slower * taps + (kMany && strided ? 11 : 0);
+    const double time = row * strips * w.out[1] + kStrip * strips * tiles * groups + kSum * (taps + 1);
     return taps * p.batch * w.out[1] * w.out[2] / kL / time;
   }
 

@@ -127,7 +127,8 @@ struct RowsGradWeight {
   }
   static int64_t slab_sums(const Plan& plan) { return plan.blocks * (plan.taps + 1) * kL; }
   static double part(const DepthwiseProblem& p) {
-    return part_of_turning<T>(p.x.stride[1] != 1, p.grad.stride[1] != 1, p.window, 5.5);
+    constexpr double kTurn = kVectorBytes == 64 ? 9 : 5.5;
+    return part_of_turning<T>(p.x.stride[1] != 1, p.grad.stride[1] != 1, p.window, kTurn);
   }
   static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
     Plan plan = plan_of(p);

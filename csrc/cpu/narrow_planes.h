@@ -34,7 +34,8 @@ struct NarrowPlanes : Planes<S, kTransposed> {
     const double taps = static_cast<double>(product(w.taps)), rows = static_cast<double>(max64(out[1], 1));
     const double shuffles = (form == RowForm::vector ? 1 : 2.5) * static_cast<double>(w.stride[1]);
     const double planes = form == RowForm::planes ? 2 : 1, begin = planes > 1 ? 50 + 2.5 * taps : 32;
-    return planes * static_cast<double>(out[2]) / kL * taps * rows / (rows * (taps + shuffles) + begin);
+    const double products = taps > 25 ? 1.15 * taps : taps;  // more do not stay in registers
+    return planes * static_cast<double>(out[2]) / kL * taps * rows / (rows * (products + shuffles) + begin);
   }
   static RowForm form_of(const DepthwiseProblem& p) {
     const Window& w = p.window;
