@@ -95,7 +95,7 @@ def ready_object(variant: Variant, source: str) -> str | None:
 def compile_lines(variant: Variant, source: str) -> list[str]:
     """How to compile a source: the library's flags for its instruction set, then the variant's."""
     isa, path = _build.isa_of(source), ROOT / source
-    is_block = path.name.startswith(("blocks_", "planes_avx", "grad_planes_avx"))
+    is_block = path.name.startswith(("blocks_", "planes_avx", "grad_planes_avx", "narrow_planes_avx"))
     own = variant.flags if variant.block_flags is None or not is_block else variant.block_flags
     includes = [f"{ROOT}/tests/core/emulated"] if variant.emulates_amx else []
     includes += _build.INCLUDE_DIRS

@@ -46,7 +46,6 @@ struct RowStrip {
   }
 };
 
-#if DSCONV_VECTOR_BYTES == 64
 // All planes of channels [first, last): the pieces of each, one after the other.
 template <class S, int kTaps, int kStride, RowForm kForm, class T = Compute<S>>
 static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last, const Piece* pieces,
@@ -54,15 +53,17 @@ static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last,
   constexpr bool kTwo = kForm == RowForm::planes, kSecond = kForm != RowForm::vector;
   constexpr int kL = kLanes<T>, kHalf = kL / 2, kPlanes = kTwo ? 2 : 1;
   constexpr int kLive = (kTaps + kStride - 1) / kStride;
+  constexpr bool kHeld =
+      kTaps < 7 || kTwo;  // weights: more would be spilled, and are multiplied from memory as they are
   constexpr int kAhead = kTwo ? kStride : kSecond ? 2 : 1;  // cache lines of an input row, of all planes
   typename Lanes<T>::Places places[kTaps];
-  uint32_t inside[kTaps], row = strip.row[0], second_row = strip.row[1], outputs = strip.outputs;
-  asm("" : "+k"(row), "+k"(second_row), "+k"(outputs));
+  uint32_t inside[kTaps];
   unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
     places[t] = strip.places[t];
-    inside[t] = strip.inside[t];
-    asm("" : "+k"(inside[t]));
+    inside[t] = kept_bits(strip.inside[t]);
   });
+  const uint32_t row = kept_bits(strip.row[0]), second_row = kept_bits(strip.row[1]),
+                 outputs = kept_bits(strip.outputs);
   const auto values = [](T first, T second) __attribute__((always_inline)) {  // one for each plane
     typename Lanes<T>::Places right;
     unroll<kL>([&]<int l>() __attribute__((always_inline)) { right[l] = l < kHalf ? 0 : -1; });
@@ -72,10 +73,16 @@ static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last,
   Vec<T> acc[kLive] = {};
   for (int64_t channel = first; channel < last; channel += kPlanes) {  // of an odd number, the last one twice
     const Plane<S> plane = image.plane(channel), other = image.plane(kTwo ? min64(channel + 1, last - 1) : channel);
-    Vec<T> w[kTaps][kTaps];
-    unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
-      w[i / kTaps][i % kTaps] = values(plane.weights[i * kL], other.weights[i * kL]);
-    });
+    [[maybe_unused]] Vec<T> w[kTaps][kTaps];
+    if constexpr (kHeld) {
+      unroll<kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
+        w[i / kTaps][i % kTaps] = values(plane.weights[i * kL], other.weights[i * kL]);
+      });
+    }
+    const auto weight = [&]<int u, int t>() __attribute__((always_inline)) {
+      if constexpr (kHeld) return w[u][t];
+      return splat(plane.weights[(u * kTaps + t) * kL]);
+    };
     const Vec<T> bias = values(plane.bias, other.bias);
     const int64_t x_second = kTwo ? other.x - plane.x : kL, y_second = kTwo ? other.y - plane.y : 0;
     for (const Piece* piece = pieces; piece < pieces + piece_count; ++piece) {
@@ -97,7 +104,8 @@ static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last,
               const Vec<T> value = kSecond ? __builtin_shuffle(a, b, places[t]) : __builtin_shuffle(a, places[t]);
               unroll<kLive>([&]<int i>() __attribute__((always_inline)) {
                 constexpr int u = (kLive - 1 - i) * kStride + r;
-                if constexpr (u < kTaps) acc[i] = add_product_in(inside[t], acc[i], value, w[u][t]);
+                if constexpr (u < kTaps)
+                  acc[i] = add_product_in(inside[t], acc[i], value, weight.template operator()<u, t>());
               });
             });
           }
@@ -117,6 +125,5 @@ static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last,
     }
   }
 }
-#endif
 
 }  // namespace dsconv::cpu::DSCONV_ISA

@@ -12,21 +12,40 @@
 
 namespace dsconv::cpu::DSCONV_ISA {
 
-#if DSCONV_VECTOR_BYTES == 64
-// The lanes whose bits are set, zero elsewhere.
+// The lanes whose bits are set, zero elsewhere: one instruction with AVX-512 (and with other vectors many).
 template <class S>
 DSCONV_INLINE Bits<S> load_lanes(const S* p, uint32_t lanes) {
+#if DSCONV_VECTOR_BYTES == 64
   if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(lanes, p);
   if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(lanes, p);
   if constexpr (sizeof(S) == 2) return reinterpret_cast<Bits<S>>(_mm256_maskz_loadu_epi16(lanes, p));
+#else
+  S values[kLanes<Compute<S>>] = {};
+  for (int l = 0; l < kLanes<Compute<S>>; ++l)
+    if (lanes >> l & 1) values[l] = p[l];
+  return load_bits(values);
+#endif
 }
 // acc + a * b in the lanes whose bits are set, acc in the others.
 template <class V>
 DSCONV_INLINE V add_product_in(uint32_t lanes, V acc, V a, V b) {
+#if DSCONV_VECTOR_BYTES == 64
   if constexpr (sizeof a[0] == 8) return _mm512_mask3_fmadd_pd(a, b, acc, lanes);
   if constexpr (sizeof a[0] == 4) return _mm512_mask3_fmadd_ps(a, b, acc, lanes);
-}
+#else
+  const V sum = acc + a * b;
+  for (unsigned l = 0; l < sizeof acc / sizeof acc[0]; ++l)
+    if (lanes >> l & 1) acc[l] = sum[l];
+  return acc;
 #endif
+}
+// Bits for a loop, in a register of masks: compilers would rather read them again for every use.
+DSCONV_INLINE uint32_t kept_bits(uint32_t lanes) {
+#if DSCONV_VECTOR_BYTES == 64
+  asm("" : "+k"(lanes));
+#endif
+  return lanes;
+}
 
 // The lanes [low, high) of a vector, the others neither read nor written.
 template <class T>
@@ -90,13 +109,13 @@ struct Lanes {
   }
 };
 
-// The same for a loop: what AVX-512 loads by in a register. Compilers would rather read it again for every load.
+// The same for a loop, with AVX-512 as bits.
 template <class T>
 struct KeptLanes {
 #if DSCONV_VECTOR_BYTES == 64
   uint32_t bits;
   KeptLanes() = default;
-  explicit KeptLanes(const Lanes<T>& lanes) : bits(lanes.bits) { asm("" : "+k"(bits)); }
+  explicit KeptLanes(const Lanes<T>& lanes) : bits(kept_bits(lanes.bits)) {}
   template <class S>
   __attribute__((always_inline)) Bits<S> load(const S* p) const {
     return load_lanes(p, bits);

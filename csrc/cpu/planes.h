@@ -25,13 +25,13 @@ struct ByOutputs : OutputRows<S, kTaps, kStride> {
           });
     };
     if (!work.rest) return strips(first, last);
-#if DSCONV_VECTOR_BYTES == 64
-    for (int64_t channel = first; channel < last; channel += 2) {
-      const int64_t end = min64(channel + 2, last);
-      strips(channel, end);
-      plane_rows<S, kTaps, kStride, RowForm::planes>(image, channel, end, work.pieces, work.piece_count, *work.rest);
+    if constexpr (kVectorBytes == 64) {
+      for (int64_t channel = first; channel < last; channel += 2) {
+        const int64_t end = min64(channel + 2, last);
+        strips(channel, end);
+        plane_rows<S, kTaps, kStride, RowForm::planes>(image, channel, end, work.pieces, work.piece_count, *work.rest);
+      }
     }
-#endif
   }
 };
 

@@ -28,18 +28,23 @@ DSCONV_INLINE Vec<T> load_part(const S* p, int64_t count) {
 #endif
   return load_wide<S>(part);
 }
-#if DSCONV_VECTOR_BYTES == 64
 // The lanes whose bits are set, the others not written.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void store_lanes(S* p, Vec<T> v, uint32_t lanes) {
+#if DSCONV_VECTOR_BYTES == 64
   if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, lanes, v);
   if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, lanes, v);
   if constexpr (sizeof(S) == 2) {
     const __m256i bits = kRoundsBf16<S> && has_avx512_bf16 ? bf16_bits(v) : reinterpret_cast<__m256i>(narrowed<S>(v));
     _mm256_mask_storeu_epi16(p, lanes, bits);
   }
-}
+#else
+  S part[kLanes<T>];
+  store_narrow<S>(part, v);
+  for (int l = 0; l < kLanes<T>; ++l)
+    if (lanes >> l & 1) p[l] = part[l];
 #endif
+}
 // The first lanes.
 template <class S, class T = Compute<S>>
 DSCONV_INLINE void store_part(S* p, Vec<T> v, int64_t count) {
