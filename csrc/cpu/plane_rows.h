@@ -53,8 +53,7 @@ static void plane_rows(const ImagePlanes<S>& image, int64_t first, int64_t last,
   constexpr bool kTwo = kForm == RowForm::planes, kSecond = kForm != RowForm::vector;
   constexpr int kL = kLanes<T>, kHalf = kL / 2, kPlanes = kTwo ? 2 : 1;
   constexpr int kLive = (kTaps + kStride - 1) / kStride;
-  constexpr bool kHeld =
-      kTaps < 7 || kTwo;  // weights: more would be spilled, and are multiplied from memory as they are
+  constexpr bool kHeld = kTaps < 7 || kTwo;                 // weights: more would be spilled, and stay in memory
   constexpr int kAhead = kTwo ? kStride : kSecond ? 2 : 1;  // cache lines of an input row, of all planes
   typename Lanes<T>::Places places[kTaps];
   uint32_t inside[kTaps];
