@@ -110,7 +110,7 @@ PLANES = (
     "dw n1c3h9w9k5s1d4p8 nchw",
     "dw n2c4h24w24k7s2d2p5 nchw",
     "dw n2c4h9w10k3s1d1p2m3 nchw",
-    "dw n1c4h3w66k7s1d1p3 sliced",
+    "dw n1c4h3w66k7s1d1p3 nchw",
     "dw n1c2h6w7k3s1d1p1 nchw",
     "dw n1c2h6w8k3s1d1p1 nchw",
     "dw n1c2h6w9k5s1d1p2 nchw",
@@ -125,7 +125,7 @@ PLANES = (
     "dw n1c2h70w140k7s2d1p3 nchw",
     "dw n1c2h33w20k7s2d1p2:4x6:1 nchw",
     "dw n1c2h12w18k3s2d1p1x0 nchw",
-    "dw n2c3h15w18k5s2d1p3 sliced",
+    "dw n2c3h15w18k5s2d1p3 nchw",
     "dw n2c3h4w3k3s2d1p1 nchw",
     "dw n1c70h150w40k3s2d1p1 nchw",
     "dw n1c5h40w33k3s1d6p6 nchw",
@@ -182,7 +182,7 @@ LINES = (
     "dw n1c3w90k2s1d1p0:1 nchw",
     "dw n1c3w64k1s1d1p0 nchw",
     "dw n2c3w75k5s1d1p2m2 nchw",
-    "dw n1c3w75k7s1d1p3 sliced",
+    "dw n1c3w75k7s1d1p3 nchw",
     "dw n1c1w20000k9s1d1p4 nchw",
     "dw n2c3t3h4w50k1x1x5s1x1x1d1p0x0x2 nchw act=relu",
     "dw n1c3h8w300k1x5s1d1p0:1x2:2 nchw",
@@ -257,10 +257,11 @@ def test_strips_of_columns(line, dtype):
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 512), (torch.bfloat16, 1024), (torch.float64, 256)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [9, 16, 32, 40, 200, 241])
-def test_some_channels_of_columns_that_crowd_the_cache(channels, stride, dtype, apart):
-    """Strips take two vectors at a time there; the last may be alone, or overlap the one before it."""
-    x = torch.randint(-3, 4, (2, 13, 12, apart)).to(dtype)[..., 3 : 3 + channels].permute(0, 3, 1, 2)
+@pytest.mark.parametrize("channels", [9, 16, 32, 40, 104, 200, 239])
+@pytest.mark.parametrize("first", [3, 8, 16])
+def test_some_channels_of_columns_that_crowd_the_cache(first, channels, stride, dtype, apart):
+    """Strips take several vectors at a time there; some before or after may be alone, the last one overlap another."""
+    x = torch.randint(-3, 4, (2, 13, 12, apart)).to(dtype)[..., first : first + channels].permute(0, 3, 1, 2)
     weight, bias = torch.randint(-3, 4, (channels, 1, 3, 3)).to(dtype), torch.randint(-3, 4, (channels,)).to(dtype)
     y = F.depthwise_conv2d(x, weight, bias, stride, 1)
     assert torch.equal(y, conv2d(x.contiguous(), weight, bias, stride, 1, groups=channels))

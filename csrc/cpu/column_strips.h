@@ -6,7 +6,7 @@
 // taps for every two rows.) The sums are the same to the bit.
 //
 // Where columns are a power of two apart, the lines that such a strip reads come from a few sets of each cache and one bank
-// of the L2, at half the rate. There, strips are narrower and take two vectors at a time, and taps from memory.
+// of the L2, at half the rate. There, strips are narrower and take several vectors at a time, and taps from memory.
 #pragma once
 
 #include "row_blocks.h"
@@ -119,17 +119,20 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
     });
     weights += kCount * row.weight_block;
   };
-  int64_t next = row.first;
-  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where one vector before them makes it so
-    constexpr uintptr_t kVector = kL * sizeof(S);
-    if (next < last && reinterpret_cast<uintptr_t>(columns + next) % (2 * kVector) == kVector) {
+  int64_t aligned = row.first;
+  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where vectors before them make it so
+    constexpr uintptr_t kVector = kL * sizeof(S), kUnit = kVectors * kVector < 128 ? kVectors * kVector : 128;
+    const uintptr_t before = -reinterpret_cast<uintptr_t>(columns + aligned) % kUnit;
+    if (before % kVector == 0) aligned += before / sizeof(S);
+  }
+  for (int64_t next = row.first; next < last;) {
+    if (kVectors == 1 || (next >= aligned && next + (kVectors - 1) * kL < last)) {
+      go.template operator()<kVectors>(next);
+      next += kVectors * kL;
+    } else {
       go.template operator()<1>(next);
       next += kL;
     }
-  }
-  for (; next + (kVectors - 1) * kL < last; next += kVectors * kL) go.template operator()<kVectors>(next);
-  if constexpr (kVectors > 1) {
-    if (next < last) go.template operator()<1>(next);
   }
 }
 
@@ -144,9 +147,9 @@ struct StripKernels {
 
   template <class S, int kTaps, int kStride, int kVectors>
   static constexpr StripKernels make() {
-    // Of the 32 registers, pairs of taps take some, and accumulators of two vectors twice as many.
+    // Of the 32 registers, pairs of taps take some, and accumulators of several vectors as many times more.
     constexpr bool kPairs = kIsPaired<S> && kStride == 1;
-    constexpr int kWide = kVectors > 1 ? (kStride == 1 ? 4 : 5) : kPairs ? 5 : kMost;
+    constexpr int kWide = kVectors == 4 ? 3 : kVectors == 2 ? (kStride == 1 ? 4 : 5) : kPairs ? 5 : kMost;
     StripKernels k{kTaps, kStride, kVectors, kWide, {}};
     unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
       k.strips[i + 1] = column_strip<S, kTaps, kStride, kVectors, i + 1>;
@@ -164,7 +167,8 @@ struct StripKernels {
   }
 };
 
-// Those that read S and take `vectors` (1 or 2) at a time; null if there are none. Defined in block_kernels.inc.
+// Those that read S and take `vectors` at a time (1, 2, of stride 2 also 4); null if there are none. Defined in
+// block_kernels.inc.
 template <class S>
 const StripKernels<Compute<S>>* strip_kernels(int64_t taps, int64_t stride, int64_t vectors);
 

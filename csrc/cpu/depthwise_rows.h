@@ -49,7 +49,7 @@ enum class Delivery { direct, staged, rows };
 constexpr int64_t kRunBytes = 1024;
 
 // Columns whose distances are multiples of this, or of half of it where the stride is 2, share so few sets of a cache that
-// strips take two vectors at a time.
+// strips take several vectors at a time.
 constexpr int64_t kCrowdedColumn = 2048;
 
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
@@ -202,6 +202,13 @@ struct Rows {
     }
     return cell_kernels<T>(w.taps[1], w.pad[1] % 2);
   }
+  // Vectors that strips take at a time. Four make them so narrow that few outputs do not pay for pairs of taps, which every
+  // strip makes anew.
+  static int64_t strip_vectors(int64_t column, int64_t stride, int64_t outputs) {
+    if (column % (stride == 1 ? kCrowdedColumn : kCrowdedColumn / 2) != 0) return 1;
+    const bool four = stride == 2 && column % kCrowdedColumn == 0 && (!kIsPaired<S> || outputs > 5);
+    return four ? 4 : 2;
+  }
   // Strips want 3x3 windows in every phase. Activations that take registers would cost them more than they save.
   static const StripKernels<T>* strips_of(const DepthwiseProblem& p, const Plan& plan) {
     if constexpr (!kWidens<S>) return nullptr;
@@ -212,8 +219,7 @@ struct Rows {
     if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
     if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
     const int64_t column = c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
-    const bool crowded = column % (y.apart == 1 ? kCrowdedColumn : kCrowdedColumn / 2) == 0;
-    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, crowded ? 2 : 1);
+    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, strip_vectors(column, y.apart, c.target()[2]));
     return kernels && c.has_narrow_borders(y.apart) ? kernels : nullptr;
   }
   // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut only where that is not enough, or
