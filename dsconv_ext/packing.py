@@ -63,7 +63,8 @@ class Kept:
         """Whether the same would be made from these."""
         if self._steps != _optimizer_steps.count or self._settings != settings or len(sources) != len(self._marks):
             return False
-        for source, (marked, address, version) in zip(sources, self._marks, strict=False):
+        for i, source in enumerate(sources):
+            marked, address, version = self._marks[i]
             if source is not marked:
                 return False
             if source is None:
