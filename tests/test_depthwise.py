@@ -255,7 +255,10 @@ def test_strips_of_columns(line, dtype):
     check_accuracy(of_dtype(line, dtype))
 
 
-@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 512), (torch.bfloat16, 1024), (torch.float64, 256)])
+@pytest.mark.parametrize(
+    ("dtype", "apart"),
+    [(torch.float32, 256), (torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 1024), (torch.float64, 256)],
+)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [9, 16, 32, 40, 104, 200, 239])
 @pytest.mark.parametrize("first", [3, 8, 16])
