@@ -97,6 +97,38 @@ struct RowCopy {
     });
   }
 
+  // Columns of neighbouring channels, each of which is wanted by several lanes, or one of several.
+  static void gather_mapped(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
+                            int64_t column_stride, int64_t width, int64_t ahead) {
+    typedef typename IntOf<sizeof(T)>::type Place;
+    const int64_t filled = min64(lanes, map.count - base);
+    for (int64_t l = 0; l < lanes; l += kL) {
+      const int64_t count = max64(0, min64(kL, filled - l)), at = (base + l) * map.step;
+      const S* from = src + at / map.divide;
+      Place place[kL];  // of the value of each lane, or -1
+      int64_t next = plus, rest = at % map.divide;
+      for (int64_t k = 0; k < kL; ++k) {
+        place[k] = k < count ? static_cast<Place>(next) : -1;
+        next += map.divide == 1 ? map.step : 0;
+        if (map.divide > 1 && ++rest == map.divide) rest = 0, ++next;
+      }
+      const int64_t read = count > 0 ? place[count - 1] + 1 : 0;
+      const Vec<Place> places = load(place);
+      T* to = tile + l;
+      for (int64_t w = 0; w < width; ++w, from += column_stride, to += lanes) {
+        __builtin_prefetch(from + ahead, 0, 2);
+        const Vec<T> first = __builtin_shuffle(load_part<S>(from, min64(read, kL)), places);
+        Vec<T> values = places >= 0 && places < kL ? first : splat(T(0));
+        for (int64_t i = kL; i < read; i += kL) {
+          const Vec<Place> here = places - static_cast<Place>(i);
+          const Vec<T> some = __builtin_shuffle(load_part<S>(from + i, read - i), here);
+          values = here >= 0 && here < kL ? some : values;
+        }
+        store(to, values);
+      }
+    }
+  }
+
   static void gather(T* tile, int64_t lanes, const S* src, const ChannelMap& map, int64_t base, int64_t plus,
                      int64_t channel_stride, int64_t column_stride, int64_t width, int64_t ahead) {
     const int64_t filled = min64(lanes, map.count - base);
@@ -113,6 +145,7 @@ struct RowCopy {
       }
       return;
     }
+    if (channel_stride == 1) return gather_mapped(tile, lanes, src, map, base, plus, column_stride, width, ahead);
     const auto channel = [&](int64_t l) {
       const int64_t at = (base + l) * map.step;
       return src + ((map.divide == 1 ? at : at / map.divide) + plus) * channel_stride;
