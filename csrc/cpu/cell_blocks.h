@@ -85,30 +85,33 @@ struct CellKernels {
   static constexpr int kWide = DSCONV_VECTOR_BYTES == 64 ? 8 : 4;  // 8 or 16 accumulators
   int taps, odd;
   int inputs, first;  // that a cell reads
-  Block edge[kWide + 1], inner;
+  Block edge[kWide + 1], inner[kWide + 1];
 
   template <class S, int kTaps, int kOdd>
   static constexpr CellKernels make() {
     using Taps = CellTaps<kTaps, kOdd>;
-    CellKernels k{kTaps, kOdd, Taps::kInputs, Taps::kFirst, {}, cell_block<S, kTaps, kOdd, kWide, false>};
+    CellKernels k{kTaps, kOdd, Taps::kInputs, Taps::kFirst, {}, {}};
     unroll<kWide>([&]<int i>() __attribute__((always_inline)) {
       constexpr int kPixels = i + 1;
       if constexpr (kPixels == 1 || kPixels % 2 == 0) k.edge[kPixels] = cell_block<S, kTaps, kOdd, kPixels, true>;
+      if constexpr (kPixels == kWide || (kPixels == kWide / 2 && kTaps == 3))
+        k.inner[kPixels] = cell_block<S, kTaps, kOdd, kPixels, false>;
     });
     return k;
   }
 
-  // Computes `width` outputs; the window's rows are all inside if `whole`.
-  void run(const BlockRow<T>& row, int64_t width, bool whole) const {
-    constexpr int64_t kCells = kWide / 2;
+  // Computes `width` outputs, by narrow blocks if `crowded`; the window's rows are all inside if `whole`. (Of columns in a
+  // single set of an L1, the lines of a wide block do not stay there until its stores are done. More taps take longer yet.)
+  void run(const BlockRow<T>& row, int64_t width, bool whole, bool crowded) const {
+    const int64_t most = crowded && inner[kWide / 2] ? kWide / 2 : kWide, most_cells = most / 2;
     for (int64_t pixel = 0; pixel < width;) {
       const int64_t left = width - pixel, cell = pixel / 2;
       const int64_t cells = min64(left / 2, row.window.high - (inputs - 1) - cell);  // before a column outside
-      if (whole && cell >= row.window.low && cells >= kCells) {
-        inner(row, pixel, cells / kCells);
-        pixel += cells / kCells * kWide;
+      if (whole && cell >= row.window.low && cells >= most_cells) {
+        inner[most](row, pixel, cells / most_cells);
+        pixel += cells / most_cells * most;
       } else {
-        const int64_t size = left == 1 ? 1 : min64(left / 2 * 2, kWide);
+        const int64_t size = left == 1 ? 1 : min64(left / 2 * 2, most);
         edge[size](row, pixel, 1);
         pixel += size;
       }

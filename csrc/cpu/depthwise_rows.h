@@ -52,6 +52,9 @@ constexpr int64_t kRunBytes = 1024;
 // strips take several vectors at a time.
 constexpr int64_t kCrowdedColumn = 2048;
 
+// Columns that lie pages apart share one set of an L1.
+constexpr int64_t kPage = 4096;
+
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
 // Moves the outputs of a block on (BlockRow::put).
@@ -218,17 +221,29 @@ struct Rows {
     if (kTransposed && c.window.stride[1] * c.window.stride[2] > 1) return nullptr;  // phases have other windows
     if (!plan.in.direct || plan.delivery != Delivery::direct || plan.streamed || plan.by_lines) return nullptr;
     if (plan.parts > 1 || c.window.taps[0] > 1 || c.window.taps[1] != c.window.taps[2]) return nullptr;
-    const int64_t column = c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
-    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, strip_vectors(column, y.apart, c.target()[2]));
+    const int64_t vectors = strip_vectors(strip_column(plan), y.apart, c.target()[2]);
+    const StripKernels<T>* kernels = strip_kernels<S>(y.taps, y.apart, vectors);
     return kernels && c.has_narrow_borders(y.apart) ? kernels : nullptr;
   }
-  // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut only where that is not enough, or
-  // would give threads unequal shares.
+  // Pairs of rows of outputs that strips go down at a time, at most. What they read brings its neighbours into a cache, for
+  // the next vector of channels; but not for long, where columns share sets of the cache or strips read many.
+  static int64_t strip_pairs(const Plan& plan) {
+    constexpr int64_t kFew = 3, kSome = 4, kPart = 512;
+    if (plan.strips->stride > 1 || strip_column(plan) % kPage == 0) return kFew;
+    return sizeof(S) < sizeof(T) && strip_column(plan) % kPart == 0 ? kSome : plan.pairs;
+  }
+  // Bytes between columns of a strip's inputs.
+  static int64_t strip_column(const Plan& plan) {
+    return plan.c.phase(2, 0).tap_step * plan.in.view.stride[4] * static_cast<int64_t>(sizeof(S));
+  }
+  // Pairs of rows of outputs in a task. To cut channels costs nothing, so rows are cut further only where that is not
+  // enough, or would give threads unequal shares.
   static int64_t strip_group(const Plan& plan, int64_t maps, int64_t slots) {
     constexpr int64_t kLeast = 4;  // pairs, and blocks of a cache line
+    const int64_t most = min64(plan.pairs, strip_pairs(plan));
     const int64_t shares = slots / gcd64(slots, max64(maps, 1)), blocks = plan.blocks * kL / kBlock<S>;
     const bool cut = blocks < kLeast * shares || (blocks % shares > 0 && blocks < kFewTasks * shares);
-    return cut ? max64(min64(plan.pairs, kLeast), ceil_div(plan.pairs, shares)) : plan.pairs;
+    return cut ? min64(most, max64(kLeast, ceil_div(plan.pairs, shares))) : most;
   }
   // The rows of outputs of phase `index`; with cells, all.
   static Phase output_rows(const Plan& plan, int64_t index) {
@@ -540,7 +555,8 @@ struct Rows {
       row.y = to;
       row.y_row = row_step;
       row.y_pixel = column;
-      kernels.run(row, plan.c.target()[2], window.inside + 1 == uint64_t{1} << kernels.inputs);
+      const bool crowded = column * static_cast<int64_t>(sizeof(Output)) % kPage == 0;
+      kernels.run(row, plan.c.target()[2], window.inside + 1 == uint64_t{1} << kernels.inputs, crowded);
     }
   };
 

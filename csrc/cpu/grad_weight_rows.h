@@ -92,15 +92,19 @@ struct RowsGradWeight {
     const GradStripKernels<T>* kernels = grad_strip_kernels<S>(w.taps[1], apart);
     return kernels && plan.c.has_narrow_borders(apart) ? kernels : nullptr;
   }
-  // As many as a chain of additions may have terms; but few where what is fetched of each row is a long piece, after which
-  // the next one follows: the processor's own prefetchers go on from there, along few rows.
+  // As many as a chain of additions may have terms. But few where what is fetched of each row is a long piece, after which
+  // the next one follows: the processor's own prefetchers go on from there, along few rows. And where columns share sets of
+  // a cache: what they read brings its neighbours with it, which the next vector of channels should find there.
   static int64_t strip_rows(const Plan& plan) {
-    constexpr int64_t kFew = 3, kLeast = 4096 / kBytes, kMost = 5 << 10;  // the latter in bytes
+    constexpr int64_t kFew = 3, kSome = 6, kLeast = 4096 / kBytes, kMost = 5 << 10;  // the latter in bytes
+    constexpr int64_t kPart = 512, kPages = 8192;
+    const int64_t column = plan.c.phase(2, 0).tap_step * plan.x.view.stride[4] * kBytes;
+    if (plan.strips->stride > 1 && column % kPart == 0) return kFew;
     const int64_t columns = plan.c.phase(2, 0).count, strip = ceil_div(columns, GradStripKernels<T>::count(columns));
     const int64_t piece = strip * plan.channels * kBytes;
     const bool follow = plan.c.phases(2) == 1 && plan.strips->stride == 1 && plan.chunks == 1 && columns >= 6 * strip;
     const bool few = plan.fetches && follow && piece >= kLeast && piece <= kMost;
-    return few ? kFew : kChain / strip;
+    return few ? kFew : column % kPages == 0 ? kSome : kChain / strip;
   }
   // How many rows the rings keep; returns their elements per channel. Neighbouring rows of outputs meet different rows where
   // there is dilation: the ring keeps those of all, if it can.
