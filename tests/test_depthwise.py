@@ -45,13 +45,18 @@ CELLS = (
     "dw n1c12h10w10k3s2d1p1m2 nhwc fp32",
     "dw n1c24t4h9w10k1x3x3s1x2x2d1p1x1x1 nhwc fp32",
     "dw n16c96h112w112k3s2d1p1 nhwc fp32",
+    "dw n2c1024h11w13k3s2d1p1x0 nhwc fp32",
+    "dw n1c1024h8w26k3s2d1p0:1x0:1 nhwc fp32",
+    "dw n1c2048h9w12k3s2d1p2 nhwc bf16",
+    "dw n1c512h8w15k3s2d1p1 nhwc fp64",
+    "dw n1c1024h9w17k5s2d1p2 nhwc fp32",
 )
 
 # By strips of columns (csrc/cpu/column_strips.h, grad_strips.h): every width of them, fewer rows than are in work at a
 # time, rows that are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps,
 # an activation that makes them blocks, a tensor that would go past the caches by blocks (kStreamedBytes), one that is
-# fetched ahead (kNearBytes) by few rows or many, columns that crowd the cache (kCrowdedColumn), more rows than one
-# chain of additions.
+# fetched ahead (kNearBytes) by few rows or many, columns that crowd the cache (kCrowdedColumn) or lie pages apart, more
+# rows than one chain of additions.
 STRIPS = (
     "dw n2c37h9w4k3s1d1p1 nhwc",
     "dw n1c64h2w5k3s1d1p1 nhwc act=relu6",
@@ -90,6 +95,24 @@ STRIPS = (
     "dw n2c430h91w47k3s2d1p1 nhwc",
     "dw n3c300h61w60k3s1d1p1 nhwc",
     "dw n5c130h61w60k3s1d1p1 nhwc",
+    "dw n2c24h33w17k3s2d1p1 nhwc act=relu",
+    "dw n1c128h33w21k3s2d1p1 nhwc",
+    "dw n1c1024h23w9k3s1d1p1 nhwc act=relu6",
+    "dw n1c2048h15w6k3s1d1p1 nhwc",
+)
+
+# Depth multipliers (gather_mapped in csrc/cpu/row_stage.h): channels that a vector of outputs shares with the next one,
+# several vectors for one channel, inputs of one vector in several of gradients, parts of vectors, a depth, a line.
+MULTIPLIERS = (
+    "dw n2c40h9w11k3s2d1p1m2 nhwc",
+    "dw n1c9h7w8k3s1d1p1m3 nhwc act=relu",
+    "dw n2c5h6w7k5s1d1p2m7 nhwc",
+    "dw n1c3h8w9k3s2d1p1m17 nhwc bias=dw",
+    "dw n1c2h5w5k3s1d1p1m40 nhwc",
+    "dw n1c37h12w13k3s1d2p2m4 nhwc_sliced",
+    "dw n1c96h30w31k7s2d1p3m2 nhwc act=relu6",
+    "dw n1c12t4h5w6k3x3x3s1x1x1d1p1x1x1m2 nhwc",
+    "dw n2c17w40k31s1d1p15m2 nhwc",
 )
 
 # By planes (csrc/cpu/planes.h, plane_cells.h, grad_planes.h): strips narrower than a vector, with a column outside on
@@ -251,6 +274,14 @@ def test_gradient_by_cells(line):
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
 @pytest.mark.parametrize("line", STRIPS)
 def test_strips_of_columns(line, dtype):
+    check_exact(of_dtype(line, dtype))
+    check_accuracy(of_dtype(line, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("line", MULTIPLIERS)
+@choices.forced(*(row["name"] for row in choices.rows() if "_rows_" in row["name"]))
+def test_depth_multipliers(line, dtype):
     check_exact(of_dtype(line, dtype))
     check_accuracy(of_dtype(line, dtype))
 
