@@ -245,6 +245,25 @@ PAIRED = (
     "dw n1c24w70k31s1d1p15 nhwc bf16",
     "dw n1c64w40k4s1d1p3:0 nhwc bf16",
     "dw n1c24t4h9w10k3x3x3s1x1x1d1p1x1x1 nhwc bf16",
+    "dw n2c24h14w9k11x1s1d1p5x0 nhwc bf16",
+    "dw n1c40h13w14k5x1s1x2d1p2x0 nhwc bf16 act=relu",
+    "dw n1c24h15w4k4x1s1d2x1p3x0 nhwc bf16",
+)
+
+# Windows of one column (along_rows in csrc/cpu/row_stage.h): strides, dilation, padding of one side, few channels, more
+# taps than a chain has, depth multipliers, a depth, maps of one column, outputs past the caches.
+COLUMNS = (
+    "dw n2c24h13w9k11x1s1d1p5x0 nhwc act=relu6",
+    "dw n1c40h14w15k5x1s2x1d1p2x0 nhwc",
+    "dw n1c33h15w8k3x1s1x2d3x1p3x0 nhwc bias=dw",
+    "dw n2c12h20w7k11x1s1d1p5x0 nhwc",
+    "dw n1c24h30w5k4x1s3x2d1p0:2x0 nhwc",
+    "dw n1c17h90w3k71x1s1d1p35x0 nhwc",
+    "dw n2c9h11w6k7x1s1d1p3x0m3 nhwc",
+    "dw n1c24t4h9w7k3x5x1s1d1p1x2x0 nhwc",
+    "dw n2c32h40w1k31x1s1d1p15x0 nhwc_sliced",
+    "dw n2c20h12w13k5x1s1d1p2x1 nchw",
+    "dw n2c96h112w112k3x1s1d1p1x0 nhwc",
 )
 
 
@@ -279,9 +298,9 @@ def test_strips_of_columns(line, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
-@pytest.mark.parametrize("line", MULTIPLIERS)
+@pytest.mark.parametrize("line", [*MULTIPLIERS, *COLUMNS])
 @choices.forced(*(row["name"] for row in choices.rows() if "_rows_" in row["name"]))
-def test_depth_multipliers(line, dtype):
+def test_depth_multipliers_and_windows_of_one_column(line, dtype):
     check_exact(of_dtype(line, dtype))
     check_accuracy(of_dtype(line, dtype))
 

@@ -183,7 +183,7 @@ struct PairedRows : Rows<PairedBFloat16, kTransposed> {
     if (!RowStage<PairedBFloat16>::is_plain(Base::input_of(p), Base::input_map(p)))
       return "columns of channels are not read where they lie";
     if (kTransposed && max64(p.window.stride[1], p.window.stride[2]) > 1) return "strides of the input gradient";
-    return p.window.taps[2] == 1 ? "no two taps side by side" : nullptr;
+    return Base::seen(p).window.taps[2] == 1 ? "no two taps side by side" : nullptr;
   }
 };
 template <class S>

@@ -274,7 +274,12 @@ struct Rows {
     return piece_bytes<T>(packed) + piece_bytes<T>(plan.blocks * kL);
   }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
-  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
+  // As the pass sees it.
+  static DepthwiseProblem seen(const DepthwiseProblem& p) {
+    return along_rows(p, input_of(p), kTransposed ? p.grad_x : p.y);
+  }
+  static size_t workspace_bytes(const DepthwiseProblem& problem, int threads) {
+    const DepthwiseProblem p = seen(problem);
     Plan plan = plan_of(p, threads);
     return kBlockBytes + shared_bytes(p, plan) + threads * slot_bytes(plan);
   }
@@ -579,7 +584,8 @@ struct Rows {
     }
   }
 
-  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
+  static void launch(const DepthwiseProblem& problem, const Runtime& runtime, void* workspace) {
+    const DepthwiseProblem p = seen(problem);
     const View& to = kTransposed ? p.grad_x : p.y;
     Plan plan = plan_of(p, runtime.threads);
     const int64_t own_bytes = slot_bytes(plan);

@@ -99,7 +99,8 @@ struct RowsGradWeight {
     constexpr int64_t kFew = 3, kSome = 6, kLeast = 4096 / kBytes, kMost = 5 << 10;  // the latter in bytes
     constexpr int64_t kPart = 512, kPages = 8192;
     const int64_t column = plan.c.phase(2, 0).tap_step * plan.x.view.stride[4] * kBytes;
-    if (plan.strips->stride > 1 && column % kPart == 0) return kFew;
+    const bool near = sizeof(S) < sizeof(T) || !plan.fetches;
+    if (plan.strips->stride > 1 && column % kPart == 0 && near) return kFew;
     const int64_t columns = plan.c.phase(2, 0).count, strip = ceil_div(columns, GradStripKernels<T>::count(columns));
     const int64_t piece = strip * plan.channels * kBytes;
     const bool follow = plan.c.phases(2) == 1 && plan.strips->stride == 1 && plan.chunks == 1 && columns >= 6 * strip;
@@ -134,7 +135,8 @@ struct RowsGradWeight {
     constexpr double kTurn = kVectorBytes == 64 ? 9 : 5.5;
     return part_of_turning<T>(p.x.stride[1] != 1, p.grad.stride[1] != 1, p.window, kTurn);
   }
-  static size_t workspace_bytes(const DepthwiseProblem& p, int threads) {
+  static size_t workspace_bytes(const DepthwiseProblem& problem, int threads) {
+    const DepthwiseProblem p = along_rows(problem, problem.x, problem.grad);
     Plan plan = plan_of(p);
     return kBlockBytes + piece_bytes<T>(plan.slabs * slab_sums(plan)) + threads * slot_bytes(plan);
   }
@@ -144,7 +146,8 @@ struct RowsGradWeight {
     return piece_bytes<TapRun>(plan.taps) + piece_bytes<GradStep>(kChain) + plan.x.scratch() + plan.grad.scratch();
   }
 
-  static void launch(const DepthwiseProblem& p, const Runtime& runtime, void* workspace) {
+  static void launch(const DepthwiseProblem& problem, const Runtime& runtime, void* workspace) {
+    const DepthwiseProblem p = along_rows(problem, problem.x, problem.grad);
     Plan plan = plan_of(p);
     const int64_t own_bytes = slot_bytes(plan);
     Arena arena = arena_at(workspace);

@@ -42,6 +42,23 @@ DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
   return v.stride[1] == 1 && unaligned % kBlockBytes == 0;
 }
 
+// The problem with rows and columns exchanged, where that lays a window of one column along a row, whose taps share loads.
+// `from` and `to` are the maps of the pass; in contiguous ones, rows are what neighbours make.
+static DepthwiseProblem along_rows(DepthwiseProblem p, const View& from, const View& to) {
+  Window& w = p.window;
+  if (w.taps[1] == 1 || w.taps[2] > 1 || from.stride[1] != 1 || to.stride[1] != 1) return p;
+  int64_t* const sizes[] = {w.in, w.out, w.taps, w.stride, w.dilation, w.pad};
+  View* const views[] = {&p.x, &p.weight, &p.y, &p.grad, &p.grad_x, &p.grad_weight};
+  const auto exchange = [](int64_t* pair) {
+    const int64_t first = pair[0];
+    pair[0] = pair[1];
+    pair[1] = first;
+  };
+  for (int64_t* size : sizes) exchange(size + 1);
+  for (View* view : views) exchange(view->stride + 3);
+  return p;
+}
+
 // `count` neighbours into storage, past the caches if `streamed`. A vector more of `src` may be read.
 template <class S, class T = Compute<S>>
 static void copy_run(S* dst, const T* src, int64_t count, bool streamed) {
