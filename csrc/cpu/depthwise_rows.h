@@ -274,9 +274,9 @@ struct Rows {
     return piece_bytes<T>(packed) + piece_bytes<T>(plan.blocks * kL);
   }
   static int64_t packed_count(const Plan& plan) { return plan.blocks * plan.taps * kL; }
-  // As the pass sees it.
+  // As the pass sees it. (Memory is read and written along rows, in the order of the addresses.)
   static DepthwiseProblem seen(const DepthwiseProblem& p) {
-    return along_rows(p, input_of(p), kTransposed ? p.grad_x : p.y);
+    return is_large<S>(p, kNearBytes) ? p : along_rows(p, input_of(p), kTransposed ? p.grad_x : p.y);
   }
   static size_t workspace_bytes(const DepthwiseProblem& problem, int threads) {
     const DepthwiseProblem p = seen(problem);
