@@ -36,7 +36,7 @@ struct RowsGradWeight {
     plan.channels = p.channels * p.multiplier;
     plan.blocks = ceil_div(plan.channels, kL);
     plan.taps = product(w.taps);
-    plan.fetches = is_large<S>(p);
+    plan.fetches = is_large<S>(p, kFetchedBytes);
     plan.rows = p.batch * w.out[0] * w.out[1];
     plan.x.view = p.x;
     plan.x.map = {plan.channels, 1, p.multiplier};

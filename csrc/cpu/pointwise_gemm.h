@@ -9,8 +9,14 @@
 namespace dsconv::cpu::DSCONV_ISA {
 
 constexpr int64_t kRowElements = 64 * 1024;  // A rows of one task: stay in L2 beside the panels
-constexpr int64_t kMaxTaskRows = 192;
+constexpr int64_t kMaxTaskRows = 256;
 constexpr int64_t kPackFlops = 8;  // that packing a weight is worth
+// Processors with vectors of half a cache line have small L2s, often far from a last-level cache that they share: a product
+// fetches inputs of the next one beyond the first size, and its outputs leave past the caches beyond the second (of input
+// and output).
+constexpr bool kSmallCaches = kVectorBytes < kBlockBytes;
+constexpr int64_t kFarBytes = kSmallCaches ? 1 << 20 : kNearBytes;
+constexpr int64_t kPastBytes = kSmallCaches ? 4 << 20 : kStreamedBytes;
 
 DSCONV_INLINE int64_t pointwise_flops(const PointwiseProblem& p) {
   return 2 * numel(p.batch, p.in_channels, p.size) * p.out_channels;
@@ -39,7 +45,7 @@ static Ahead rows_ahead(const View& x, int64_t channels, const Window& w, int64_
                         int64_t tile) {
   const int64_t row = w.in[2] * x.stride[4], next = tile + 1;
   const bool plain = x.stride[1] == 1 && x.stride[4] == channels && x.stride[3] == row && w.in[0] == 1;
-  if (!plain || numel(batch, channels, w.in) * static_cast<int64_t>(sizeof(S)) <= kNearBytes) return {};
+  if (!plain || numel(batch, channels, w.in) * static_cast<int64_t>(sizeof(S)) <= kFarBytes) return {};
   if (next >= batch * plan.tiles) return {};
   const auto rows_of = [&](int64_t tile) {  // up to the last one that it reads
     const Box box = tile_box(plan, w.out, tile % plan.tiles);
@@ -175,7 +181,7 @@ struct PanelOutput {
     direct = has_plain_rows(p.y, p.size) && (!p.residual.data || has_plain_rows(p.residual, p.size));
     const int64_t bytes = input_bytes + numel(p.batch, p.out_channels, p.size) * static_cast<int64_t>(sizeof(S));
     const bool whole_lines = kColumns * sizeof(S) % kBlockBytes == 0 && has_whole_lines<S>(p.y, p.out_channels);
-    streamed = kStreams && direct && bytes > kStreamedBytes && whole_lines;
+    streamed = kStreams && direct && bytes > kPastBytes && whole_lines;
     T* padded = take<T>(arena, bias_count(p));
     for (int64_t k = 0; k < bias_count(p); ++k) {
       const bool given = p.bias.data && k < p.out_channels;

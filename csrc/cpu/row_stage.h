@@ -19,6 +19,10 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 // What is read of tensors up to this size comes from a last-level cache: to fetch it ahead costs more than it saves.
 constexpr int64_t kNearBytes = 13 << 20;
 
+// But blocks of half a cache line read a line in two passes over many columns, and wait longer for one that neighbours have
+// pushed out of a cache: they fetch ahead beyond this size.
+constexpr int64_t kFetchedBytes = kVectorBytes == kBlockBytes ? kStreamedBytes : 3 << 20;
+
 // Do input and output (of a gradient: its source and target) exceed so many bytes?
 template <class S>
 static bool is_large(const DepthwiseProblem& p, int64_t bytes = kStreamedBytes) {
