@@ -159,7 +159,8 @@ struct Rows {
       in.row_step = 1;
       in.rows = source[1];
     }
-    plan.fetches = in.direct && is_large<S>(p, kFetchedBytes) && in.view.stride[4] == plan.channels;
+    const int64_t source_bytes = numel(p.batch, plan.channels, source) * static_cast<int64_t>(sizeof(S));
+    plan.fetches = in.direct && (is_large<S>(p) || source_bytes > kFetchedBytes) && in.view.stride[4] == plan.channels;
     // Where rows crowd the cache, those that several rows of outputs meet are copied, if the copy does not crowd it too, and
     // others are read by whole lines.
     const bool crowded = kHasLines<S> && in.direct && is_crowded<S>(in.view);

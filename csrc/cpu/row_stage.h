@@ -20,8 +20,8 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 constexpr int64_t kNearBytes = 13 << 20;
 
 // But blocks of half a cache line read a line in two passes over many columns, and wait longer for one that neighbours have
-// pushed out of a cache: they fetch ahead beyond this size.
-constexpr int64_t kFetchedBytes = kVectorBytes == kBlockBytes ? kStreamedBytes : 3 << 20;
+// pushed out of a cache: where they read more than this, they fetch it ahead.
+constexpr int64_t kFetchedBytes = kVectorBytes == kBlockBytes ? kStreamedBytes : 5 << 19;
 
 // Do input and output (of a gradient: its source and target) exceed so many bytes?
 template <class S>
