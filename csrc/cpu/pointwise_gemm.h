@@ -197,10 +197,15 @@ struct PanelOutput {
     const int64_t lda = row_stride<typename Product::A>(p.in_channels), rows = product(box.extent);
     T* const c = buffers.c;
     const int64_t share = next.share / (rows * max64(last - first, 1));
+    constexpr int64_t kBytes = sizeof(typename Product::A);
     for (int64_t i = first; i < last; ++i) {
-      const Ahead ahead{next.at + (i - first) * rows * share, share};
-      const int64_t k = i * kColumns;
-      const auto* panel = panels + i * Product::panel_values(p.in_channels);
+      const int64_t k = i * kColumns, values = Product::panel_values(p.in_channels);
+      const auto* panel = panels + i * values;
+      Ahead ahead{next.at + (i - first) * rows * share, share};
+      if (share == 0 && (last - first) * values * kBytes > kFetchedBytes) {  // the next panel is the farthest
+        const auto* after = i + 1 < last ? panel + values : panels + first * values;
+        ahead = {reinterpret_cast<const char*>(after), ceil_div(values * kBytes, rows)};
+      }
       if (direct) {
         Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k), bias + k};
         e.residual = p.residual.data ? position(p.residual, image, k, box) : nullptr;
