@@ -53,7 +53,6 @@ constexpr int64_t kRunBytes = 1024;
 constexpr int64_t kCrowdedColumn = 2048;
 
 // Columns that lie pages apart share one set of an L1.
-constexpr int64_t kPage = 4096;
 
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
@@ -164,8 +163,10 @@ struct Rows {
     // Where rows crowd the cache, those that several rows of outputs meet are copied, if the copy does not crowd it too, and
     // others are read by whole lines.
     const bool crowded = kHasLines<S> && in.direct && is_crowded<S>(in.view);
-    const bool copied = crowded && !plan.fetches && w.taps[1] > 1 && plan.c.phases(1) == 1 && y.apart == 1 &&
+    const bool copied = crowded && (!plan.fetches || is_crowded<S>(in.view, kPage)) && w.taps[1] > 1 &&
+                        plan.c.phases(1) == 1 && y.apart == 1 &&
                         in.planes * in.rows * source[2] * kBlockBytes <= kCrowdedRingBytes;
+    if (copied) plan.fetches = false;
     if (copied) in.direct = false;
     plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 

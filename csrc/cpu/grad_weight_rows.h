@@ -46,8 +46,9 @@ struct RowsGradWeight {
     plan.grad.map = {plan.channels, 1, 1};
     plan.grad.planes = plan.grad.plane_step = plan.grad.row_step = 1;
     // Rows that crowd the cache are copied where several rows of outputs meet them.
-    const bool crowded = kHasLines<S> && !plan.fetches && w.stride[1] == 1 && w.taps[1] > 1 &&
-                         (is_crowded<S>(p.x) || is_crowded<S>(p.grad));
+    const int64_t apart = plan.fetches ? kPage : kHalfPage;
+    const bool crowded = kHasLines<S> && w.stride[1] == 1 && w.taps[1] > 1 &&
+                         (is_crowded<S>(p.x, apart) || is_crowded<S>(p.grad, apart));
     const bool plain_x = RowStage<S>::is_plain(p.x, plan.x.map),
                plain_grad = RowStage<S>::is_plain(p.grad, plan.grad.map);
     const bool alike = sizeof(S) == sizeof(T);  // else the kernels read both where they lie, or neither

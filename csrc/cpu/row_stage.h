@@ -31,10 +31,12 @@ static bool is_large(const DepthwiseProblem& p, int64_t bytes = kStreamedBytes) 
   return elements * static_cast<int64_t>(sizeof(S)) > bytes;
 }
 
-// Do columns of channels crowd a few sets of an L1, so that a cache line is gone before its second vector is read?
+// Do columns of channels crowd a few sets of an L1, so that a cache line is gone before its second vector is read? Of two
+// sets, or (`bytes` apart) of one, where nothing stays that was fetched ahead.
+constexpr int64_t kHalfPage = 2048, kPage = 4096;
 template <class S>
-DSCONV_INLINE bool is_crowded(const View& v) {
-  return v.stride[4] * static_cast<int64_t>(sizeof(S)) % 2048 == 0;
+DSCONV_INLINE bool is_crowded(const View& v, int64_t bytes = kHalfPage) {
+  return v.stride[4] * static_cast<int64_t>(sizeof(S)) % bytes == 0;
 }
 
 // Does every column of `channels` neighbours begin and end with a cache line?
