@@ -52,8 +52,6 @@ constexpr int64_t kRunBytes = 1024;
 // strips take several vectors at a time.
 constexpr int64_t kCrowdedColumn = 2048;
 
-// Columns that lie pages apart share one set of an L1.
-
 constexpr int64_t kAheadBytes = 2048;  // of each row, at least, from what is read to what is fetched
 
 // Moves the outputs of a block on (BlockRow::put).
@@ -166,8 +164,7 @@ struct Rows {
     const bool copied = crowded && (!plan.fetches || is_crowded<S>(in.view, kPage)) && w.taps[1] > 1 &&
                         plan.c.phases(1) == 1 && y.apart == 1 &&
                         in.planes * in.rows * source[2] * kBlockBytes <= kCrowdedRingBytes;
-    if (copied) plan.fetches = false;
-    if (copied) in.direct = false;
+    if (copied) in.direct = plan.fetches = false;
     plan.by_lines = crowded && !copied && plan.channels % kBlock<T> == 0;
 
     plan.cells = cells_of(p, plan);
