@@ -78,6 +78,8 @@ STRIPS = (
     "dw n1c1024h1w9k3s2d1p1 nhwc bias=dw",
     "dw n1c512h14w15k3s1d1p1 nhwc act=relu6",
     "dw n2c1024h9w7k3s1d1p1 nhwc bias=dw",
+    "dw n2c1024h20w17k3s1d1p1 nhwc",
+    "dw n2c1024h20w17k5s1d1p2 nhwc",
     "dw n1c512h2w2k3s1d1p1 nhwc",
     "dw n1c256h21w22k3s1d2p2 nhwc",
     "dw n1c24h35w1k3s1d1p1 nhwc",

@@ -96,3 +96,18 @@ def test_tiles_that_fetch_the_input_of_the_next(stride, dilation, padding, fuse,
     y = F.separable_conv2d(x, depthwise, pointwise, None, None, stride, padding, dilation, fuse=fuse)
     middle = TF.conv2d(x.float(), depthwise.float(), None, stride, padding, dilation, 48)
     assert torch.equal(y.float(), TF.conv2d(middle, pointwise.float()))
+
+
+@dtypes
+@pytest.mark.parametrize("fuse", ["always", "never"])
+def test_weights_that_are_fetched_ahead(fuse, dtype):
+    """Panels of weights beyond the caches (kFetchedBytes), the last of which is not whole."""
+    torch.manual_seed(0)
+    c, k = (2100, 2101) if dtype.itemsize < 8 else (1200, 1101)
+    x = small_integers(2, c, 9, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    depthwise, pointwise = small_integers(c, 1, 3, 3, dtype=dtype), small_integers(k, c, 1, 1, dtype=dtype)
+    pointwise *= (torch.arange(c) % 500 == 0).view(1, c, 1, 1)
+    assert pointwise.nbytes > 8 << 20
+    y = F.separable_conv2d(x, depthwise, pointwise, None, None, 1, 1, fuse=fuse)
+    middle = TF.conv2d(x.float(), depthwise.float(), None, 1, 1, 1, c)
+    assert torch.equal(y.float(), TF.conv2d(middle, pointwise.float()))
