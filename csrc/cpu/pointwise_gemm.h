@@ -202,7 +202,7 @@ struct PanelOutput {
       const int64_t k = i * kColumns, values = Product::panel_values(p.in_channels);
       const auto* panel = panels + i * values;
       Ahead ahead{next.at + (i - first) * rows * share, share};
-      if (share == 0 && (last - first) * values * kBytes > kFetchedBytes) {  // the next panel is the farthest
+      if ((last - first) * values * kBytes > max64(kFetchedBytes, next.share)) {  // the next panel is more
         const auto* after = i + 1 < last ? panel + values : panels + first * values;
         ahead = {reinterpret_cast<const char*>(after), ceil_div(values * kBytes, rows)};
       }
