@@ -1,7 +1,7 @@
 // The pointwise passes on processors that multiply bfloat16: tiles (AMX) or pairs (AVX512-BF16), vectors do the rest.
 #pragma once
 
-#include "pair_product.h"
+#include "cpu/pair_product.h"
 #include "pointwise_gemm.h"
 #include "tile_product.h"
 

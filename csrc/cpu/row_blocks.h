@@ -7,7 +7,7 @@
 #pragma once
 
 #include "activation_rows.h"
-#include "pair_product.h"
+#include "cpu/pair_product.h"
 
 namespace dsconv::cpu::DSCONV_ISA {
 
