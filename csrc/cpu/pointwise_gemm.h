@@ -11,10 +11,8 @@ namespace dsconv::cpu::DSCONV_ISA {
 constexpr int64_t kRowElements = 64 * 1024;  // A rows of one task: stay in L2 beside the panels
 constexpr int64_t kMaxTaskRows = 256;
 constexpr int64_t kPackFlops = 8;  // that packing a weight is worth
-// Processors with vectors of half a cache line have small L2s, often far from a last-level cache that they share: a product
-// fetches inputs of the next one beyond the first size, and its outputs leave past the caches beyond the second (of input
-// and output).
-constexpr bool kSmallCaches = kVectorBytes < kBlockBytes;
+// Products fetch the input of the next one beyond the first size, and outputs leave past the caches beyond the second (of
+// input and output).
 constexpr int64_t kFarBytes = kSmallCaches ? 1 << 20 : kNearBytes;
 constexpr int64_t kPastBytes = kSmallCaches ? 4 << 20 : kStreamedBytes;
 
@@ -196,16 +194,16 @@ struct PanelOutput {
                 const Box& box, int64_t first, int64_t last, const Ahead& next) const {
     const int64_t lda = row_stride<typename Product::A>(p.in_channels), rows = product(box.extent);
     T* const c = buffers.c;
-    const int64_t share = next.share / (rows * max64(last - first, 1));
-    constexpr int64_t kBytes = sizeof(typename Product::A);
+    const int64_t values = Product::panel_values(p.in_channels);
+    const int64_t panel_bytes = values * static_cast<int64_t>(sizeof(typename Product::A));
+    // The next panel instead, where the weights are far away and more than that input.
+    const bool fetches_panels = (last - first) * panel_bytes > max64(kFetchedBytes, next.share);
+    const int64_t share = fetches_panels ? ceil_div(panel_bytes, rows) : next.share / (rows * max64(last - first, 1));
     for (int64_t i = first; i < last; ++i) {
-      const int64_t k = i * kColumns, values = Product::panel_values(p.in_channels);
-      const auto* panel = panels + i * values;
-      Ahead ahead{next.at + (i - first) * rows * share, share};
-      if ((last - first) * values * kBytes > max64(kFetchedBytes, next.share)) {  // the next panel is more
-        const auto* after = i + 1 < last ? panel + values : panels + first * values;
-        ahead = {reinterpret_cast<const char*>(after), ceil_div(values * kBytes, rows)};
-      }
+      const int64_t k = i * kColumns;
+      const auto *panel = panels + i * values, *after = panels + (i + 1 < last ? i + 1 : first) * values;
+      const Ahead ahead{fetches_panels ? reinterpret_cast<const char*>(after) : next.at + (i - first) * rows * share,
+                        share};
       if (direct) {
         Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k), bias + k};
         e.residual = p.residual.data ? position(p.residual, image, k, box) : nullptr;

@@ -19,9 +19,10 @@ constexpr int64_t kStreamedBytes = 8 << 20;
 // What is read of tensors up to this size comes from a last-level cache: to fetch it ahead costs more than it saves.
 constexpr int64_t kNearBytes = 13 << 20;
 
-// But blocks of half a cache line read a line in two passes over many columns, and wait longer for one that neighbours have
-// pushed out of a cache: where they read more than this, they fetch it ahead.
-constexpr int64_t kFetchedBytes = kVectorBytes == kBlockBytes ? kStreamedBytes : 5 << 19;
+// But processors with vectors of half a cache line have small L2s, often far from a last-level cache that they share, and
+// read a line in two passes over many columns: where blocks read more than this, they fetch it ahead.
+constexpr bool kSmallCaches = kVectorBytes < kBlockBytes;
+constexpr int64_t kFetchedBytes = kSmallCaches ? 5 << 19 : kStreamedBytes;
 
 // Do input and output (of a gradient: its source and target) exceed so many bytes?
 template <class S>
@@ -31,9 +32,10 @@ static bool is_large(const DepthwiseProblem& p, int64_t bytes = kStreamedBytes) 
   return elements * static_cast<int64_t>(sizeof(S)) > bytes;
 }
 
-// Do columns of channels crowd a few sets of an L1, so that a cache line is gone before its second vector is read? Of two
-// sets, or (`bytes` apart) of one, where nothing stays that was fetched ahead.
+// Columns a multiple of so many bytes apart share two sets of an L1, or one, where nothing stays that was fetched ahead.
 constexpr int64_t kHalfPage = 2048, kPage = 4096;
+
+// Do columns of channels crowd these sets, so that a cache line is gone before its second vector is read?
 template <class S>
 DSCONV_INLINE bool is_crowded(const View& v, int64_t bytes = kHalfPage) {
   return v.stride[4] * static_cast<int64_t>(sizeof(S)) % bytes == 0;
