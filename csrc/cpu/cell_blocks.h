@@ -60,19 +60,18 @@ static void cell_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         unroll<kCells + kIn - 1>([&]<int column>() __attribute__((always_inline)) {
           if (kEdge && !is_inside<column>(inside)) return;
           const Vec<T> value = load_channels(x[q] + c + column * x_step);
-          unroll<2 * kPixels>([&]<int i>() __attribute__((always_inline)) {
-            constexpr int p = i % kPixels, input = column - p / 2;
-            if constexpr (input >= 0 && input < kIn) {
-              constexpr int ty = Taps::tap(i / kPixels, q), tx = Taps::tap(p % 2, input);
-              if constexpr (ty >= 0 && tx >= 0)
-                acc[i] += value * load(weights + (Taps::place(ty) * kTaps + Taps::place(tx)) * kL);
-            }
+          using Cells = ColumnOutputs<kIn, 1, kCells, column>;
+          constexpr int kFirst = 2 * Cells::kFirst,
+                        kCount = static_cast<int>(min64(2 * Cells::kCount, kPixels - kFirst));
+          unroll<2 * kCount>([&]<int i>() __attribute__((always_inline)) {
+            constexpr int r = i / kCount, p = kFirst + i % kCount;
+            constexpr int ty = Taps::tap(r, q), tx = Taps::tap(p % 2, column - p / 2);
+            if constexpr (ty >= 0 && tx >= 0)
+              acc[r * kPixels + p] += value * load(weights + (Taps::place(ty) * kTaps + Taps::place(tx)) * kL);
           });
         });
       });
-      out.template write<2 * kPixels>(acc, [&]<int i>() __attribute__((always_inline)) {
-        return c + i / kPixels * out.row + i % kPixels * out.pixel;
-      });
+      out.template write<2, kPixels>(acc, c);
     }
     if (row.staged) row.put(row, pixel, 2, kPixels);
   }

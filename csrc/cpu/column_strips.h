@@ -24,115 +24,108 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   const uint64_t inside = columns_inside(row.window.low, row.window.high, pixel * kStride);
   const int64_t step = row.x_step * static_cast<int64_t>(sizeof(S)), last = row.last, y_row = row.y_row;
   const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
+  int64_t first = row.first, end = last;
+  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where vectors before them make it so
+    constexpr uintptr_t kVector = kL * sizeof(S), kUnit = kVectors * kVector < 128 ? kVectors * kVector : 128;
+    const uintptr_t before = -reinterpret_cast<uintptr_t>(columns + first) % kUnit;
+    if (before % kVector == 0) first = min64(first + static_cast<int64_t>(before / sizeof(S)), last);
+    end = first + ceil_div(last - first, kL) / kVectors * kVectors * kL;
+    const auto alone = [&](int64_t from_channel, int64_t to_channel) {
+      if (from_channel >= to_channel) return;
+      BlockRow<T> part = row;
+      part.first = from_channel;
+      part.last = to_channel;
+      column_strip<S, kTaps, kStride, 1, kPixels>(part, pixel);
+    };
+    alone(row.first, first);
+    alone(end, last);
+  }
   const BlockOutputs<S, true> out(row, pixel, kPixels);
   const Limits<T> limits(row.activation);
-  const T* weights = row.weights + row.first / kL * row.weight_block;
-  const auto go = [&]<int kCount>(int64_t next) __attribute__((always_inline)) {
-    int64_t c[kCount];
-    Vec<T> bias[kCount], acc[kCount][kLive][kPixels] = {};
-    unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+  const T* weights = row.weights + first / kL * row.weight_block;
+  for (int64_t next = first; next < end; next += kVectors * kL, weights += kVectors * row.weight_block) {
+    int64_t c[kVectors];
+    Vec<T> bias[kVectors], acc[kVectors][kLive][kPixels] = {};
+    unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
       c[v] = block_channel<T>(next + v * kL, row.channels);
       bias[v] = load(row.bias + c[v]);
     });
     const char* x = reinterpret_cast<const char*>(columns + c[0]);
     int64_t y = c[0];
     [[maybe_unused]] Vec<T> w[kTaps][kTaps];
-    [[maybe_unused]] PairedTaps<kTaps> paired[kCount][kTaps];
-    unroll<kCount * kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
+    [[maybe_unused]] PairedTaps<kTaps> paired[kVectors][kTaps];
+    unroll<kVectors * kTaps * kTaps>([&]<int i>() __attribute__((always_inline)) {
       constexpr int v = i / (kTaps * kTaps), u = i / kTaps % kTaps, t = i % kTaps;
       const T* const weight = weights + v * row.weight_block + (u * kTaps + t) * kL;
       if constexpr (kIsPaired<S>) paired[v][u].set(t, load_once(weight));
-      if constexpr (!kIsPaired<S> && kCount == 1) w[u][t] = load_once(weight);
+      if constexpr (!kIsPaired<S> && kVectors == 1) w[u][t] = load_once(weight);
     });
     const auto tap = [&]<int v, int u, int t>() __attribute__((always_inline)) {
       if constexpr (kIsPaired<S>) return paired[v][u].template tap<t>();
-      if constexpr (kCount == 1) return w[u][t];
+      if constexpr (kVectors == 1) return w[u][t];
       return load(weights + v * row.weight_block + (u * kTaps + t) * kL);
     };
     // As go_down says: row j of the outputs begins, in accumulators k, and row j - kLive + 1 ends.
     const auto advance = [&]<int k, int kFirst, int kLast, bool kChecked>(int64_t j) __attribute__((always_inline)) {
       if constexpr (kFirst == 0) {
-        unroll<kCount * kPixels>(
+        unroll<kVectors * kPixels>(
             [&]<int i>() __attribute__((always_inline)) { acc[i / kPixels][k][i % kPixels] = bias[i / kPixels]; });
       }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-        // Passes to `use` the accumulator of output p in every row that meets this one, and the row of taps.
-        const auto meet = [&]<int v, int p, class Use>(const Use& use) __attribute__((always_inline)) {
-          unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
-            constexpr int u = m * kStride + r;
-            if constexpr (m >= kFirst && m < kLast && u < kTaps)
-              use.template operator()<u>(acc[v][(k + kLive - m) % kLive][p]);
-          });
-        };
-        const auto one = [&]<int p, int t, int v = 0>(Vec<T> value) __attribute__((always_inline)) {
-          meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
-            to += value * tap.template operator()<v, u, t>();
-          });
-        };
+        // Row j - m of the outputs, m = kFirst .. kFirst + kRows - 1, meets this one with row m * kStride + r of taps.
+        constexpr int kRows = static_cast<int>(max64(min64(kLast, ceil_div(kTaps - r, kStride)) - kFirst, 0));
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
-          if constexpr (kIsPaired<S>) {
-            unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
-              const char* from = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));
+          unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
+            const char* const from = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));
+            if constexpr (kIsPaired<S>) {
               const auto at = [&]<int column>() __attribute__((always_inline)) {
                 return reinterpret_cast<const S*>(from + column * step);
               };
-              const auto single = [&]<int p, int t>(Vec<T> value)
-                                      __attribute__((always_inline)) { one.template operator()<p, t, v>(value); };
-              const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
-                meet.template operator()<v, p>([&]<int u>(Vec<T>& to) __attribute__((always_inline)) {
-                  multiply_pairs(to, pair, paired[v][u].template pair<t>());
+              const auto one = [&]<int p, int t>(Vec<T> value) __attribute__((always_inline)) {
+                unroll<kRows>([&]<int i>() __attribute__((always_inline)) {
+                  constexpr int m = kFirst + i, u = m * kStride + r;
+                  acc[v][(k + kLive - m) % kLive][p] += value * tap.template operator()<v, u, t>();
                 });
               };
-              for_pairs<S, kTaps, kStride, kPixels, Outside::ends>(at, inside, single, two);
-            });
-          } else {
-            unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+              const auto two = [&]<int p, int t>(Vec<T> pair) __attribute__((always_inline)) {
+                unroll<kRows>([&]<int i>() __attribute__((always_inline)) {
+                  constexpr int m = kFirst + i, u = m * kStride + r;
+                  multiply_pairs(acc[v][(k + kLive - m) % kLive][p], pair, paired[v][u].template pair<t>());
+                });
+              };
+              for_pairs<S, kTaps, kStride, kPixels, Outside::ends>(at, inside, one, two);
+            } else {
               const char* at[kColumns / 3 + 1];
-              at[0] = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));
+              at[0] = from;
               unroll<kColumns>([&]<int column>() __attribute__((always_inline)) {
                 if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
                 if ((column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
                 const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
-                unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-                  constexpr int t = column - p * kStride;
-                  if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t, v>(value);
+                using Here = ColumnOutputs<kTaps, kStride, kPixels, column>;
+                unroll<Here::kCount * kRows>([&]<int i>() __attribute__((always_inline)) {
+                  constexpr int p = Here::kFirst + i / kRows, m = kFirst + i % kRows;
+                  acc[v][(k + kLive - m) % kLive][p] +=
+                      value * tap.template operator()<v, m * kStride + r, column - p * kStride>();
                 });
               });
-            });
-          }
+            }
+          });
         }
         x += rows.x_row * static_cast<int64_t>(sizeof(S));
       });
       if (kLast < kLive || (kChecked && j < kLive - 1)) return;
-      unroll<kCount>([&]<int v>() __attribute__((always_inline)) {
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
         Vec<T>(&done)[kPixels] = acc[v][(k + 1) % kLive];
         limits.template bound<kPixels>(done);
-        out.template write<kPixels>(
-            done, [&]<int p>() __attribute__((always_inline)) { return y + c[v] - c[0] + p * out.pixel; });
+        out.template write<1, kPixels>(done, y + c[v] - c[0]);
       });
       y += y_row;
     };
     go_down<kLive>(count, from, to, advance, [&]<int i>() __attribute__((always_inline)) {
-      unroll<kCount * kPixels>([&]<int p>() __attribute__((always_inline)) {
+      unroll<kVectors * kPixels>([&]<int p>() __attribute__((always_inline)) {
         acc[p / kPixels][i][p % kPixels] = acc[p / kPixels][i + 1][p % kPixels];
       });
     });
-    weights += kCount * row.weight_block;
-  };
-  int64_t aligned = row.first;
-  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where vectors before them make it so
-    constexpr uintptr_t kVector = kL * sizeof(S), kUnit = kVectors * kVector < 128 ? kVectors * kVector : 128;
-    const uintptr_t before = -reinterpret_cast<uintptr_t>(columns + aligned) % kUnit;
-    if (before % kVector == 0) aligned += before / sizeof(S);
-  }
-  for (int64_t next = row.first; next < last;) {
-    if (kVectors == 1 || (next >= aligned && next + (kVectors - 1) * kL < last)) {
-      go.template operator()<kVectors>(next);
-      next += kVectors * kL;
-    } else {
-      go.template operator()<1>(next);
-      next += kL;
-    }
   }
 }
 

@@ -74,6 +74,8 @@ static void grad_strip(const GradStrips<T>& strips, int64_t pixel) {
         next_grad += g_row;
       }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
+        // Row j - m of the gradients, m = kFirst .. kFirst + kRows - 1, meets this one with row m * kStride + r of taps.
+        constexpr int kRows = static_cast<int>(max64(min64(kLast, ceil_div(kTaps - r, kStride)) - kFirst, 0));
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           const char* at[kColumns / 3 + 1];
           at[0] = x;
@@ -81,14 +83,13 @@ static void grad_strip(const GradStrips<T>& strips, int64_t pixel) {
             if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * x_step;
             if ((column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
             const Vec<T> value = load_steps<S, column % 3>(at[column / 3], x_step);
-            unroll<kLive>([&]<int m>() __attribute__((always_inline)) {
-              constexpr int u = m * kStride + r;
-              if constexpr (m < kFirst || m >= kLast || u >= kTaps) return;
+            unroll<kRows>([&]<int i>() __attribute__((always_inline)) {
+              constexpr int m = kFirst + i;
               if (kMayLack && (j - m < 0 || j - m >= count)) return;
-              unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-                constexpr int offset = column - t, p = offset / kStride;
-                if constexpr (u < kTaps && offset >= 0 && offset % kStride == 0 && p < kPixels)
-                  sum[u][t] += value * g[(k + kLive - m) % kLive][p];
+              using Here = ColumnOutputs<kTaps, kStride, kPixels, column>;
+              unroll<Here::kCount>([&]<int n>() __attribute__((always_inline)) {
+                constexpr int p = Here::kLast - n;
+                sum[m * kStride + r][column - p * kStride] += value * g[(k + kLive - m) % kLive][p];
               });
             });
           });

@@ -71,9 +71,9 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
         unroll<Taps::kInputs>([&]<int i>() __attribute__((always_inline)) {
           const S* at = x + i;
           const Vec<T> value = widened<S>(kReach == Reach::inner ? load_bits_once(at) : columns[i].load(at));
-          unroll<kLive * 4>([&]<int n>() __attribute__((always_inline)) {
-            constexpr int m = n / 4, ty = Taps::tap(n / 2 % 2, m), tx = Taps::tap(n % 2, i);
-            if constexpr (m >= kFirst && m < kLast && ty >= 0 && tx >= 0)
+          unroll<(kLast - kFirst) * 4>([&]<int n>() __attribute__((always_inline)) {
+            constexpr int m = kFirst + n / 4, ty = Taps::tap(n / 2 % 2, m), tx = Taps::tap(n % 2, i);
+            if constexpr (ty >= 0 && tx >= 0)
               acc[(k + kLive - m) % kLive][n % 4] += value * w[ty][tx];
           });
         });

@@ -173,6 +173,14 @@ DSCONV_INLINE Vec<float> load_pair(const S* first, const S* second) {
 // The columns of a block that may lie outside the tensor.
 enum class Outside { none, ends, any };
 
+// The outputs of a row of kPixels that read one of its columns: kFirst to kLast, kCount of them.
+template <int kTaps, int kStride, int kPixels, int column>
+struct ColumnOutputs {
+  static constexpr int kFirst = column < kTaps ? 0 : (column - kTaps) / kStride + 1;
+  static constexpr int kLast = column / kStride < kPixels ? column / kStride : kPixels - 1;
+  static constexpr int kCount = kLast - kFirst + 1;
+};
+
 // A row of taps as pair_taps leaves them: the lower half of each holds the one before it.
 template <int kTaps>
 struct PairedTaps {
@@ -355,23 +363,26 @@ struct BlockOutputs {
     row = pixels * pixel;
     y = block.staged - base;
   }
-  // Writes vector i at place.operator()<i>().
-  template <int kCount, class Place>
-  __attribute__((always_inline)) void write(const Vec<T>* values, Place place) const {
+  // Writes kRows x kPixels vectors, kVectors times, which are neighbours; `first` is the channel of the first.
+  template <int kRows, int kPixels, int kVectors = 1>
+  __attribute__((always_inline)) void write(const Vec<T>* values, int64_t first) const {
+    constexpr int kCount = kVectors * kRows * kPixels;
+    const auto place = [&](int i) __attribute__((always_inline)) {
+      return first + i / (kRows * kPixels) * kLanes<T> + i / kPixels % kRows * row + i % kPixels * pixel;
+    };
     const auto all = [&](auto* to, auto write_one) __attribute__((always_inline)) {
-      unroll<kCount>([&]<int i>()
-                         __attribute__((always_inline)) { write_one(to + place.template operator()<i>(), values[i]); });
+      unroll<kCount>([&]<int i>() __attribute__((always_inline)) { write_one(to + place(i), values[i]); });
     };
     if (streamed) {
       all(static_cast<T*>(y), [](T* to, Vec<T> v) __attribute__((always_inline)) { stream_narrow(to, v); });
     } else if (narrow && kRoundsBf16<S> && (kIsPaired<S> || has_avx512_bf16)) {
       unroll<ceil_div(kCount, 2)>([&]<int i>() __attribute__((always_inline)) {
         constexpr int one = 2 * i, other = one + 1;
-        S* const to = static_cast<S*>(y) + place.template operator()<one>();
+        S* const to = static_cast<S*>(y) + place(one);
         if constexpr (other == kCount) {
           store_bf16(to, values[one]);
         } else {
-          store_bf16(to, values[one], static_cast<S*>(y) + place.template operator()<other>(), values[other]);
+          store_bf16(to, values[one], static_cast<S*>(y) + place(other), values[other]);
         }
       });
     } else if (narrow) {
@@ -437,9 +448,7 @@ static void row_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
       if (group_count > 1)
         unroll<kCount>([&]<int i>() __attribute__((always_inline)) { acc[i] = load(total + i * kL); });
       activate_vectors<kCount, T>(row.activation, acc);
-      out.template write<kCount>(acc, [&]<int i>() __attribute__((always_inline)) {
-        return c + i / kPixels * out.row + i % kPixels * out.pixel;
-      });
+      out.template write<kRows, kPixels>(acc, c);
     }
     if (row.staged) row.put(row, pixel, kRows, kPixels);
   }
@@ -507,10 +516,7 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
         });
       });
       if (activation != Activation::none) activate_vectors<kVectors * kCount, T>(row.activation, acc);
-      out.template write<kVectors * kCount>(acc, [&]<int i>() __attribute__((always_inline)) {
-        constexpr int v = i / kCount, r = i % kCount / kPixels, p = i % kPixels;
-        return c + v * kL + r * out.row + p * out.pixel;
-      });
+      out.template write<kRows, kPixels, kVectors>(acc, c);
     }
     if (row.staged) row.put(row, pixel, kRows, kPixels);
   }

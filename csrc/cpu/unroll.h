@@ -19,16 +19,20 @@ template <int count>
 using Range = Indices<__integer_pack(count)...>;
 #endif
 
-template <int... values, class Fn>
-DSCONV_INLINE constexpr void for_indices(Indices<values...>, [[maybe_unused]] Fn fn) {
-  (fn.template operator()<values>(), ...);
-}
+template <class>
+struct Unroll;
+template <int... values>
+struct Unroll<Indices<values...>> {
+  template <class Fn>
+  __attribute__((always_inline)) constexpr void operator()([[maybe_unused]] const Fn& fn) const {
+    (fn.template operator()<values>(), ...);
+  }
+};
 
-// fn.template operator()<i>() for i = 0 .. count - 1. Arrays that are indexed by i alone stay in registers.
-template <int count, class Fn>
-DSCONV_INLINE constexpr void unroll(Fn fn) {
-  for_indices(Range<count>{}, fn);
-}
+// unroll<count>(fn): fn.template operator()<i>() for i = 0 .. count - 1. Arrays that are indexed by i alone stay in
+// registers. (An object, not a function with another inside: compilers spend most of their time on inlining these.)
+template <int count>
+static constexpr Unroll<Range<count>> unroll{};
 
 // Goes down `count` rows, of which kLive are in work at a time: step j begins row j, works on rows j - m for m = 0 ..
 // kLive - 1, and ends row j - kLive + 1; the last steps begin none. Calls advance<k, first, last, checked>(j) for each step,
