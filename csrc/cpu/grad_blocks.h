@@ -81,9 +81,10 @@ DSCONV_INLINE void accumulate_step(const GradRow<T>& row, const GradStep& step, 
     unroll<(kPixels - 1) * kStride + kTaps>([&]<int c>() __attribute__((always_inline)) {
       if (kEdge && !is_inside<c>(inside)) return;
       const Vec<T> value = load_channels(column + c * row.x_step);
-      unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-        constexpr int offset = c - t, p = offset / kStride;
-        if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) sum[r * kTaps + t] += value * g[p];
+      using Here = ColumnOutputs<kTaps, kStride, kPixels, c>;
+      unroll<Here::kCount>([&]<int n>() __attribute__((always_inline)) {
+        constexpr int p = Here::kLast - n, t = c - p * kStride;
+        sum[r * kTaps + t] += value * g[p];
       });
     });
   });

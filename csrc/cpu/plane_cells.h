@@ -73,8 +73,7 @@ static void cell_strip(const Plane<S>& plane, const Piece* pieces, int64_t piece
           const Vec<T> value = widened<S>(kReach == Reach::inner ? load_bits_once(at) : columns[i].load(at));
           unroll<(kLast - kFirst) * 4>([&]<int n>() __attribute__((always_inline)) {
             constexpr int m = kFirst + n / 4, ty = Taps::tap(n / 2 % 2, m), tx = Taps::tap(n % 2, i);
-            if constexpr (ty >= 0 && tx >= 0)
-              acc[(k + kLive - m) % kLive][n % 4] += value * w[ty][tx];
+            if constexpr (ty >= 0 && tx >= 0) acc[(k + kLive - m) % kLive][n % 4] += value * w[ty][tx];
           });
         });
       }

@@ -223,9 +223,10 @@ DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, cons
     return true;
   };
   const auto alone = [&]<int column>(Vec<float> value) __attribute__((always_inline)) {
-    unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-      constexpr int t = column - p * kStride;
-      if constexpr (t >= 0 && t < kTaps) one.template operator()<p, t>(value);
+    using Here = ColumnOutputs<kTaps, kStride, kPixels, column>;
+    unroll<Here::kCount>([&]<int n>() __attribute__((always_inline)) {
+      constexpr int p = Here::kFirst + n;
+      one.template operator()<p, column - p * kStride>(value);
     });
   };
   unroll<ceil_div(kColumns, 2)>([&]<int i>() __attribute__((always_inline)) {
@@ -235,8 +236,10 @@ DSCONV_INLINE void for_pairs(const At& at, uint64_t inside, const One& one, cons
       if (first) alone.template operator()<column>(load_wide<S>(at.template operator()<column>()));
     } else if (const bool second = is_read.template operator()<next>(); first && second) {
       const Vec<float> both = load_pair<S>(at.template operator()<column>(), at.template operator()<next>());
-      unroll<kPixels>([&]<int p>() __attribute__((always_inline)) {
-        constexpr int t = column - p * kStride;
+      constexpr int kFirst = ColumnOutputs<kTaps, kStride, kPixels, column>::kFirst;
+      constexpr int kLast = ColumnOutputs<kTaps, kStride, kPixels, next>::kLast;
+      unroll<kLast - kFirst + 1>([&]<int n>() __attribute__((always_inline)) {
+        constexpr int p = kFirst + n, t = column - p * kStride;
         if constexpr (t >= 0 && t + 1 < kTaps) two.template operator()<p, t>(both);
         if constexpr (t == -1) one.template operator()<p, 0>(second_of(both));
         if constexpr (t + 1 == kTaps) one.template operator()<p, t>(first_of(both));
@@ -287,12 +290,11 @@ DSCONV_INLINE void accumulate_segment(Vec<T>* first, Vec<T>* second, const S* x,
   unroll<(kPixels - 1) * kStride + kTaps>([&]<int column>() __attribute__((always_inline)) {
     if (kEdge && !is_inside<column>(inside)) return;
     const Vec<T> value = load_channels(x + column * x_step);
-    unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-      constexpr int offset = column - t, pixel = offset / kStride;
-      if constexpr (offset >= 0 && offset % kStride == 0 && pixel < kPixels) {
-        first[pixel] += value * w[0][t];
-        if constexpr (kRows == 2) second[pixel] += value * w[1][t];
-      }
+    using Here = ColumnOutputs<kTaps, kStride, kPixels, column>;
+    unroll<Here::kCount>([&]<int n>() __attribute__((always_inline)) {
+      constexpr int p = Here::kLast - n, t = column - p * kStride;
+      first[p] += value * w[0][t];
+      if constexpr (kRows == 2) second[p] += value * w[1][t];
     });
   });
 }
@@ -506,12 +508,11 @@ static void window_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
           if constexpr (column > 0 && column % 3 == 0) at[column / 3] = at[column / 3 - 1] + 3 * step;
           if (kEdge && (column == 0 || column == kColumns - 1) && !is_inside<column>(inside)) return;
           const Vec<T> value = load_steps<S, column % 3>(at[column / 3], step);
-          unroll<kTaps>([&]<int t>() __attribute__((always_inline)) {
-            constexpr int offset = column - t, p = offset / kStride;
-            if constexpr (offset >= 0 && offset % kStride == 0 && p < kPixels) {
-              if constexpr (q < kTaps) first[p] += value * w[q][t];
-              if constexpr (kRows == 2 && q >= kStride) first[kPixels + p] += value * w[q - kStride][t];
-            }
+          using Here = ColumnOutputs<kTaps, kStride, kPixels, column>;
+          unroll<Here::kCount>([&]<int n>() __attribute__((always_inline)) {
+            constexpr int p = Here::kLast - n, t = column - p * kStride;
+            if constexpr (q < kTaps) first[p] += value * w[q][t];
+            if constexpr (kRows == 2 && q >= kStride) first[kPixels + p] += value * w[q - kStride][t];
           });
         });
       });

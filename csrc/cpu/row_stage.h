@@ -52,7 +52,7 @@ DSCONV_INLINE bool has_whole_lines(const View& v, int64_t channels) {
 
 // The problem with rows and columns exchanged, where that lays a window of one column along a row, whose taps share loads.
 // `from` and `to` are the maps of the pass; in contiguous ones, rows are what neighbours make.
-static DepthwiseProblem along_rows(DepthwiseProblem p, const View& from, const View& to) {
+[[maybe_unused]] static DepthwiseProblem along_rows(DepthwiseProblem p, const View& from, const View& to) {
   Window& w = p.window;
   if (w.taps[1] == 1 || w.taps[2] > 1 || from.stride[1] != 1 || to.stride[1] != 1) return p;
   int64_t* const sizes[] = {w.in, w.out, w.taps, w.stride, w.dilation, w.pad};
