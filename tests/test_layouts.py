@@ -175,3 +175,19 @@ def test_large_strides_of_unit_dimensions():
     far = 2**31 + 64
     view = torch.arange(4.0).as_strided((1, 1, 2, 2), (far, far, 2, 1))
     assert torch.equal(F.depthwise_conv2d(view, torch.ones(1, 1, 1, 1)), torch.arange(4.0).view(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("offset", "channels"), [(8, 512), (8, 500), (24, 40), (32, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_that_begin_within_a_line(dtype, offset, channels, stride):
+    """Columns a power of two apart, of which the first channel lies anywhere between what caches fetch together."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+    x = drawn(1, 1024, 9, 14).contiguous(memory_format=torch.channels_last)[:, offset : offset + channels]
+    weight, bias = drawn(channels, 1, 3, 3), drawn(channels)
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, 1, groups=channels)
+    assert torch.equal(F.depthwise_conv2d(x, weight, bias, stride, 1), expected.to(dtype))
