@@ -61,8 +61,8 @@ static void cell_block(const BlockRow<T>& row, int64_t pixel, int64_t runs) {
           if (kEdge && !is_inside<column>(inside)) return;
           const Vec<T> value = load_channels(x[q] + c + column * x_step);
           using Cells = ColumnOutputs<kIn, 1, kCells, column>;
-          constexpr int kFirst = 2 * Cells::kFirst,
-                        kCount = static_cast<int>(min64(2 * Cells::kCount, kPixels - kFirst));
+          constexpr int kFirst = 2 * Cells::kFirst;
+          constexpr int kCount = static_cast<int>(min64(2 * Cells::kCount, kPixels - kFirst));
           unroll<2 * kCount>([&]<int i>() __attribute__((always_inline)) {
             constexpr int r = i / kCount, p = kFirst + i % kCount;
             constexpr int ty = Taps::tap(r, q), tx = Taps::tap(p % 2, column - p / 2);

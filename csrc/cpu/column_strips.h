@@ -25,7 +25,8 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
   const int64_t step = row.x_step * static_cast<int64_t>(sizeof(S)), last = row.last, y_row = row.y_row;
   const S* const columns = static_cast<const S*>(row.x) + pixel * row.x_pixel;
   int64_t first = row.first, end = last;
-  if constexpr (kVectors > 1) {  // two cache lines that are fetched together, where vectors before them make it so
+  if constexpr (kVectors > 1) {
+    // Begins where two cache lines do that are fetched together, if whole vectors lie before; the rest goes one by one.
     constexpr uintptr_t kVector = kL * sizeof(S), kUnit = kVectors * kVector < 128 ? kVectors * kVector : 128;
     const uintptr_t before = -reinterpret_cast<uintptr_t>(columns + first) % kUnit;
     if (before % kVector == 0) first = min64(first + static_cast<int64_t>(before / sizeof(S)), last);
@@ -72,8 +73,7 @@ static void column_strip(const BlockRow<T>& row, int64_t pixel) {
             [&]<int i>() __attribute__((always_inline)) { acc[i / kPixels][k][i % kPixels] = bias[i / kPixels]; });
       }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-        // Row j - m of the outputs, m = kFirst .. kFirst + kRows - 1, meets this one with row m * kStride + r of taps.
-        constexpr int kRows = static_cast<int>(max64(min64(kLast, ceil_div(kTaps - r, kStride)) - kFirst, 0));
+        constexpr int kRows = rows_meeting(kTaps, kStride, r, kFirst, kLast);
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
             const char* const from = x + (c[v] - c[0]) * static_cast<int64_t>(sizeof(S));

@@ -74,8 +74,7 @@ static void grad_strip(const GradStrips<T>& strips, int64_t pixel) {
         next_grad += g_row;
       }
       unroll<kStride>([&]<int r>() __attribute__((always_inline)) {
-        // Row j - m of the gradients, m = kFirst .. kFirst + kRows - 1, meets this one with row m * kStride + r of taps.
-        constexpr int kRows = static_cast<int>(max64(min64(kLast, ceil_div(kTaps - r, kStride)) - kFirst, 0));
+        constexpr int kRows = rows_meeting(kTaps, kStride, r, kFirst, kLast);
         if (!kChecked || (j * kStride + r >= low && j * kStride + r < high)) {
           const char* at[kColumns / 3 + 1];
           at[0] = x;

@@ -181,6 +181,12 @@ struct ColumnOutputs {
   static constexpr int kCount = kLast - kFirst + 1;
 };
 
+// Rows of outputs in work, as in go_down: of those with m in [first, last), how many meet row j * stride + r of the input.
+// They are the first ones, each with row m * stride + r of taps.
+DSCONV_INLINE constexpr int rows_meeting(int taps, int stride, int r, int first, int last) {
+  return static_cast<int>(max64(min64(last, ceil_div(taps - r, stride)) - first, 0));
+}
+
 // A row of taps as pair_taps leaves them: the lower half of each holds the one before it.
 template <int kTaps>
 struct PairedTaps {
