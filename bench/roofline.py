@@ -3,8 +3,9 @@
 Peak FLOP/s per dtype is the fastest ``torch.mm`` of squares of `SIDES`, a multiply-add being two; half types take
 float32's where that is more, for kernels that convert. Bandwidth is that of ``Tensor.copy_`` in float32, read plus
 written bytes, per working set (source and target together) from 64 KiB to four times the last-level cache; the time of
-copying one element, which is PyTorch's cost of the call, is taken off. All of them run in one process with the threads
-of the run, in turn and in random order, warm; the fastest sample counts, preempted ones are dropped.
+copying one element, which is PyTorch's cost of the call, is taken off, but never more than half of the time. All of
+them run in one process with the threads of the run, in turn and in random order, warm; the fastest sample counts,
+preempted ones are dropped.
 
 The bound of a problem is max(FLOP / peak, bytes / bandwidth) with the bytes that the pass must move as the working set,
 between two measured sizes by logarithmic interpolation; a cold run takes the bandwidth of the largest. Neither the cost
@@ -81,10 +82,15 @@ def measure_here(dtypes: Sequence[str], largest: int | None = None, rounds: int 
     functions |= {(name, side): _product(name, side) for name, side in products}
     samplers = {key: measure.Sampler(function) for key, function in functions.items()}
     best = {key: _fastest(samples) for key, samples in measure.interleave(samplers, rounds=rounds).items()}
-    bandwidths = [(size, size / (best["copy", size] - best["copy", 4]) * 1e-9) for size in sizes]
+    bandwidths = [(size, _bandwidth(size, best["copy", size], best["copy", 4])) for size in sizes]
     peaks = {name: max(2 * side**3 / best[name, side] for side in SIDES) * 1e-9 for name, _ in products}
     peaks |= {name: max(peaks[name], peaks["fp32"]) for name in peaks if name in ("bf16", "fp16")}
     return Roofline(torch.get_num_threads(), peaks, bandwidths)
+
+
+def _bandwidth(size: int, seconds: float, call: float) -> float:
+    """GB/s; a call that took as long as the copy was disturbed, and says nothing about the copy."""
+    return size / max(seconds - call, seconds / 2) * 1e-9
 
 
 def _copy(elements: int) -> measure.Function:

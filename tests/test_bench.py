@@ -359,6 +359,12 @@ def test_the_roofline_is_measured_in_plausible_units():
     assert roof.peaks["bf16"] >= roof.peaks["fp32"]
 
 
+def test_a_disturbed_call_makes_no_bandwidth():
+    """What one element takes is taken off, unless the neighbours of this machine made it as slow as a whole copy."""
+    assert roofline._bandwidth(2**16, seconds=9e-6, call=1e-6) == pytest.approx(2**16 / 8e3)
+    assert roofline._bandwidth(2**16, seconds=0.5e-6, call=1e-6) == pytest.approx(2**16 / 0.25e3)
+
+
 def test_the_bandwidth_lies_between_the_measured_ones():
     assert [ROOF.bandwidth(size) for size in (1, 2**16, 2**18, 2**30)] == pytest.approx([80, 80, 20, 20])
     assert ROOF.bandwidth(2**17) == pytest.approx(40)
