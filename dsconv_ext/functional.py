@@ -396,11 +396,14 @@ def _autocast(*tensors: Any) -> list[Any]:
     return cast_inputs(device_type, tensors) if torch.is_autocast_enabled(device_type) else list(tensors)
 
 
-@torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     """Whether matrix products of float32 on CUDA may be rounded: the setting that torch.matmul, the second stage of the
     unfused way, obeys. Compiled code is compiled anew when it changes: Dynamo guards it."""
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo: that takes as long as torch itself.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_channels(function: str, nd: int, x: Tensor, channels: int | None) -> None:

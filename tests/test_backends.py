@@ -41,6 +41,12 @@ def test_import_does_not_warn(python):
     assert python(program) == python(program, **FALLBACK) != "\n"
 
 
+def test_import_takes_little_more_than_that_of_torch(python):
+    """The compiler and Triton are large: they are imported by those who use them."""
+    program = IMPORT + "import sys; print({'torch._dynamo', 'torch._inductor', 'sympy', 'triton'} & set(sys.modules))"
+    assert python(program) == python(program, **FALLBACK) == "set()\n"
+
+
 def test_explain_says_why(python):
     printed = python(
         IMPORT
