@@ -12,7 +12,7 @@ struct Bf16Operands {
   using S = BFloat16;
   using T = float;
   using A = BFloat16;
-  static constexpr int kColumns = amx::kBlock, kTile = amx::kTile, kStep = amx::kStep;
+  static constexpr int kColumns = amx::kBlock, kMostOutputs = kColumns, kTile = amx::kTile, kStep = amx::kStep;
   static constexpr int kL = kLanes<T>;
 
   static int64_t panel_values(int64_t depth) { return ceil_div(depth, kStep) * amx::kStepValues; }

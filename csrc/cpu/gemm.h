@@ -12,7 +12,7 @@ constexpr int kPanel = 2 * kLanes<T>;  // columns of a B panel: two vectors
 // 16).
 constexpr int kMaxRows = DSCONV_VECTOR_BYTES == 64 ? 12 : 6;
 
-constexpr int kNarrowRows = 8;  // of blocks of fewer vectors
+constexpr int kNarrowRows = 8, kWideRows = 4;  // of blocks of fewer vectors, and of more
 
 // The lower half of a vector as a vector of its own, where processors do two of these in the time of one.
 #if DSCONV_VECTOR_BYTES == 64
@@ -97,6 +97,7 @@ struct ChannelSteps {
   static constexpr bool across = kAcross;
   static constexpr int kVectors = kPanel<T> / kLanes<T>;  // of a panel
   static int64_t count(int64_t depth) { return depth; }
+  static int64_t panel_values(int64_t depth) { return kPanel<T> * depth; }
   static Vec<T> weights(const T* panel, int64_t k, int v) { return load(panel + k * kPanel<T> + v * kLanes<T>); }
   template <class V>
   static V value(const T* a, int64_t lda, int64_t row, int64_t k) {
@@ -108,7 +109,15 @@ struct ChannelSteps {
   }
 };
 
-// kRows rows from row `first` on of the first kVectors vectors of a panel, the last of which may be half a vector.
+// Columns that one product may have: those of a panel of ChannelSteps, or as few more as one vector holds. Half vectors are
+// faster than that.
+template <class Steps>
+constexpr int kMostColumns = Steps::kVectors * kLanes<typename Steps::Sum>;
+template <class T>
+constexpr int kMostColumns<ChannelSteps<T>> = kPanel<T> + (kHasHalves ? 0 : kLanes<T>);
+
+// kRows rows from row `first` on of the first kVectors vectors of a panel and, if that has fewer, of the next one; the last
+// of them may be half a vector.
 template <class Steps, class Y, int kRows, int kVectors, bool kHalf = false, class T = typename Steps::Sum>
 static void multiply_rows(const typename Steps::A* a, int64_t lda, const typename Steps::A* panel, int64_t depth,
                           const Epilogue<T, Y>& e, int64_t first) {
@@ -133,7 +142,13 @@ static void multiply_rows(const typename Steps::A* a, int64_t lda, const typenam
     lines.fetch();
     for (const int64_t stop = min64(end, k + stretch); k < stop; ++k) {
       Vec<T> b[kVectors];
-      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) { b[v] = Steps::weights(panel, k, v); });
+      unroll<kVectors>([&]<int v>() __attribute__((always_inline)) {
+        if constexpr (v < Steps::kVectors) {
+          b[v] = Steps::weights(panel, k, v);
+        } else {
+          b[v] = Steps::weights(panel + Steps::panel_values(depth), k, v - Steps::kVectors);
+        }
+      });
       unroll<kRows>([&]<int r>() __attribute__((always_inline)) {
         if constexpr (kWhole == 0) {
           Steps::multiply(half[r], Steps::template value<Half>(a, lda, r, k), low_half(b[0]));
@@ -151,19 +166,22 @@ static void multiply_rows(const typename Steps::A* a, int64_t lda, const typenam
   finish_rows<kRows, kVectors>(acc, e, first);
 }
 
-// All rows, where a panel has fewer columns than vectors for them.
-template <class Steps, class Y, int kVectors, bool kHalf, class T = typename Steps::Sum>
-static void multiply_narrow(const typename Steps::A* a, int64_t lda, int64_t rows, const typename Steps::A* panel,
+// All rows, up to kMost at a time, where the columns are more or fewer than the vectors of a panel.
+template <class Steps, class Y, int kMost, int kVectors, bool kHalf, class T = typename Steps::Sum>
+static void multiply_uneven(const typename Steps::A* a, int64_t lda, int64_t rows, const typename Steps::A* panel,
                             int64_t depth, const Epilogue<T, Y>& e) {
   int64_t done = 0;
   unroll<4>([&]<int i>() __attribute__((always_inline)) {
-    constexpr int kRows = kNarrowRows >> i;
-    for (; rows - done >= kRows; done += kRows)
-      multiply_rows<Steps, Y, kRows, kVectors, kHalf>(a, lda, panel, depth, e, done);
+    constexpr int kRows = kMost >> i;
+    if constexpr (kRows > 0) {
+      for (; rows - done >= kRows; done += kRows)
+        multiply_rows<Steps, Y, kRows, kVectors, kHalf>(a, lda, panel, depth, e, done);
+    }
   });
-  static_assert(kNarrowRows >> 3 == 1);
+  static_assert(kMost >> 4 == 0);
 }
 
+// The columns of e, up to kMostColumns.
 template <class Steps, class Y, class T = typename Steps::Sum>
 static void multiply_panel(const typename Steps::A* a, int64_t lda, int64_t rows, const typename Steps::A* panel,
                            int64_t depth, const Epilogue<T, Y>& e) {
@@ -182,11 +200,16 @@ static void multiply_panel(const typename Steps::A* a, int64_t lda, int64_t rows
   if constexpr (!Steps::across) {
     constexpr int kL = kLanes<T>, kFew = Steps::kVectors / 2;
     if constexpr (kHasHalves) {
-      if (e.columns <= kL / 2) return multiply_narrow<Steps, Y, 1, true>(a, lda, rows, panel, depth, e);
+      if (e.columns <= kL / 2) return multiply_uneven<Steps, Y, kNarrowRows, 1, true>(a, lda, rows, panel, depth, e);
       if (e.columns > kL && e.columns <= kL + kL / 2)
-        return multiply_narrow<Steps, Y, 2, true>(a, lda, rows, panel, depth, e);
+        return multiply_uneven<Steps, Y, kNarrowRows, 2, true>(a, lda, rows, panel, depth, e);
     }
-    if (e.columns <= kFew * kL) return multiply_narrow<Steps, Y, kFew, false>(a, lda, rows, panel, depth, e);
+    if (e.columns <= kFew * kL)
+      return multiply_uneven<Steps, Y, kNarrowRows, kFew, false>(a, lda, rows, panel, depth, e);
+    if constexpr (kMostColumns<Steps> > Steps::kVectors * kL) {
+      if (e.columns > Steps::kVectors * kL)
+        return multiply_uneven<Steps, Y, kWideRows, Steps::kVectors + 1, false>(a, lda, rows, panel, depth, e);
+    }
   }
   int64_t done = 0;
   for (int64_t left = ceil_div(rows, kMaxRows); left > 0; --left) {

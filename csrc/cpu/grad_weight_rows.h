@@ -18,7 +18,7 @@ struct RowsGradWeight {
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
   static constexpr int64_t kBytes = sizeof(S);
   static constexpr int64_t kTasks = 16, kMaxChain = 32;
-  static constexpr int64_t kSumBytes = 16 << 10;  // of the sums of a chunk
+  static constexpr int64_t kSumBytes = 16 << 10, kManySumBytes = 64 << 10;  // of the sums of a chunk
 
   struct Plan {
     Correlation c;
@@ -63,7 +63,17 @@ struct RowsGradWeight {
       column = plan_rings(plan);
       ring = kRingBytes;
     }
-    const int64_t block = kL * static_cast<int64_t>(sizeof(T)), most = max64(8, kSumBytes / ((plan.taps + 1) * block));
+    plan.strips = strips_of(plan);
+    // What a phase reads of a row lies far apart. Tensors that are fetched for it are read row by row, all phases after each
+    // other, and where caches do not keep rows until the next tap row meets them, by long pieces of columns.
+    int64_t sum_bytes = kSumBytes;
+    if (plan.fetches && !plan.strips && column == 0 && plan.c.phases(2) > 1) {
+      plan.group = 1;
+      const int64_t channels = min64(plan.blocks, most_blocks(plan, kSumBytes)) * kL;
+      const int64_t reach = ((w.taps[1] - 1) * w.dilation[1] + 1) * w.in[2] * channels * kBytes;
+      if (reach > kRunBytes * 3 / 2) sum_bytes = kManySumBytes;
+    }
+    const int64_t block = kL * static_cast<int64_t>(sizeof(T)), most = most_blocks(plan, sum_bytes);
     const int64_t fit = column == 0 ? most : min64(most, ring / (column * block));
     const int64_t least = sizeof(S) < sizeof(T) ? 2 : 1;
     plan.chunks = ceil_div(plan.blocks, min64(plan.blocks, max64(least, fit)));
@@ -75,7 +85,6 @@ struct RowsGradWeight {
     const int64_t chains = min64(kTasks, ceil_div(plan.rows, kMaxChain));
     plan.slabs = max64(1, min64(plan.rows, max64(wanted, chains)));
     plan.x.lanes = plan.grad.lanes = plan.chunk;
-    plan.strips = strips_of(plan);
     if (plan.strips) {
       plan.fetches = is_large<S>(p, kNearBytes);
       plan.strip_rows = strip_rows(plan);
@@ -83,6 +92,10 @@ struct RowsGradWeight {
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
     return plan;
+  }
+  // Whose sums have so many bytes.
+  static int64_t most_blocks(const Plan& plan, int64_t sum_bytes) {
+    return max64(8, sum_bytes / ((plan.taps + 1) * kL * static_cast<int64_t>(sizeof(T))));
   }
   // Strips want 3x3 windows in tensors that they read where those lie.
   static const GradStripKernels<T>* strips_of(const Plan& plan) {
@@ -387,7 +400,7 @@ struct RowsGradWeight {
       if (!here) r += count;
       if (!plan.fetches || r >= plan.rows) return;
       const int64_t h = r % w.out[1], d = r / w.out[1] % w.out[0], image = r / w.out[1] / w.out[0];
-      const int64_t column = here ? n : index * phase.count;
+      const int64_t column = here ? n : index * phase.count * count;
       if (grad.direct) {
         next.gradients = true;
         next.grad = static_cast<const S*>(plan.grad.view.data) + image * plan.grad.view.stride[0] + row.first +

@@ -97,11 +97,13 @@ struct VectorProduct {
   using T = Compute<S>;
   using A = T;                                               // rows of A and packed weights
   static constexpr int kColumns = kPanel<T>, kRowBlock = 1;  // outputs of a panel, rows that are read together
+  static constexpr int kMostOutputs =
+      kMostColumns<ChannelSteps<T>>;  // of one product, beyond a panel those of the next
 
   static void begin() {}
   static void end() {}
 
-  static int64_t panel_values(int64_t depth) { return kColumns * depth; }
+  static int64_t panel_values(int64_t depth) { return ChannelSteps<T>::panel_values(depth); }
   // Outputs [first, first + kColumns) of the weights [K, C] (any strides) as a panel [C][kColumns]; columns past K are zero.
   static void pack(T* panel, const View& weight, int64_t out_channels, int64_t in_channels, int64_t first) {
     RowCopy<S>::gather(panel, kColumns, static_cast<const S*>(weight.data), {out_channels, 1, 1}, first, 0,
@@ -198,14 +200,17 @@ struct PanelOutput {
     const int64_t panel_bytes = values * static_cast<int64_t>(sizeof(typename Product::A));
     // The next panel instead, where the weights are far away and more than that input.
     const bool fetches_panels = (last - first) * panel_bytes > max64(kFetchedBytes, next.share);
-    const int64_t share = fetches_panels ? ceil_div(panel_bytes, rows) : next.share / (rows * max64(last - first, 1));
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t k = i * kColumns;
-      const auto *panel = panels + i * values, *after = panels + (i + 1 < last ? i + 1 : first) * values;
+    // The last panel has so few outputs that one product takes them with those of the panel before it.
+    const bool joined = direct && last - first >= 2 && p.out_channels - (last - 2) * kColumns <= Product::kMostOutputs;
+    const int64_t end = joined ? last - 1 : last;
+    const int64_t share = fetches_panels ? ceil_div(panel_bytes, rows) : next.share / (rows * max64(end - first, 1));
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t k = i * kColumns, most = joined && i + 1 == end ? Product::kMostOutputs : kColumns;
+      const auto *panel = panels + i * values, *after = panels + (i + 1 < end ? i + 1 : first) * values;
       const Ahead ahead{fetches_panels ? reinterpret_cast<const char*>(after) : next.at + (i - first) * rows * share,
                         share};
       if (direct) {
-        Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(kColumns, p.out_channels - k), bias + k};
+        Epilogue<T, S> e{position(p.y, image, k, box), p.y.stride[4], min64(most, p.out_channels - k), bias + k};
         e.residual = p.residual.data ? position(p.residual, image, k, box) : nullptr;
         e.residual_step = p.residual.stride[4];
         e.activation = p.activation;
