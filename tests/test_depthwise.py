@@ -52,6 +52,17 @@ CELLS = (
     "dw n1c1024h9w17k5s2d1p2 nhwc fp32",
 )
 
+# Weight gradients of columns that crowd the cache, by few (csrc/cpu/grad_weight_rows.h); of dilated layers that
+# are fetched, row by row: rows that a cache keeps until the next tap row meets them, and more than it does.
+SCATTERED = (
+    "dw n2c512w61k4s1d1p3:0 nhwc",
+    "dw n1c1024w40k9s1d1p4 nhwc",
+    "dw n2c1024h9w7k1x3s1d1p0x1 nhwc",
+    "dw n1c400h32w32k3s1d2p2 nhwc",
+    "dw n1c720h25w31k3s1d12p12 nhwc",
+    "dw n1c500h26w29k5s1d3p6 nhwc",
+)
+
 # By strips of columns (csrc/cpu/column_strips.h, grad_strips.h): every width of them, fewer rows than are in work at a
 # time, rows that are cut into tasks, rows outside on either side, all of them (a depth), phases, phases without taps,
 # an activation that makes them blocks, a tensor that would go past the caches by blocks (kStreamedBytes), one that is
@@ -297,6 +308,12 @@ def with_dtypes(lines):
     for line in lines:
         few = of_dtype(line, "fp32").multiplications < 10**7
         yield from ((line, dtype) for dtype in (["fp32", "fp64", "bf16", "fp16"] if few else ["fp32", "bf16"]))
+
+
+@pytest.mark.parametrize(("line", "dtype"), with_dtypes(SCATTERED))
+def test_weight_gradients_of_columns_far_apart(line, dtype):
+    check_exact(of_dtype(line, dtype))
+    check_accuracy(of_dtype(line, dtype))
 
 
 @pytest.mark.parametrize(("line", "dtype"), with_dtypes(STRIPS))

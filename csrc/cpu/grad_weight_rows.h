@@ -17,7 +17,7 @@ struct RowsGradWeight {
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kRunBytes = 256 << 10;  // of a row and the inputs it meets: they are read once per tap group
   static constexpr int64_t kBytes = sizeof(S);
-  static constexpr int64_t kTasks = 16, kMaxChain = 32;
+  static constexpr int64_t kTasks = 16, kMaxChain = 32, kFewTaps = 9;
   static constexpr int64_t kSumBytes = 16 << 10, kManySumBytes = 64 << 10;  // of the sums of a chunk
 
   struct Plan {
@@ -91,6 +91,10 @@ struct RowsGradWeight {
     }
     const int64_t pixel_bytes = plan.chunk * static_cast<int64_t>(sizeof(T)) * (1 + w.taps[0] * w.taps[1]);
     plan.run = min64(kChain, max64(14, kRunBytes / pixel_bytes / 14 * 14));
+    // Rows of few taps that meet no other row, of columns that crowd the cache: so few that a line stays for its second vector.
+    const bool alone = w.taps[0] == 1 && w.taps[1] == 1 && w.taps[2] <= kFewTaps;
+    if (kHasLines<S> && alone && plan.x.direct && plan.grad.direct && is_crowded<S>(p.x))
+      plan.run = kGradWide + kGradNarrow;
     return plan;
   }
   // Whose sums have so many bytes.
