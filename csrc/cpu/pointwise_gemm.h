@@ -97,8 +97,8 @@ struct VectorProduct {
   using T = Compute<S>;
   using A = T;                                               // rows of A and packed weights
   static constexpr int kColumns = kPanel<T>, kRowBlock = 1;  // outputs of a panel, rows that are read together
-  static constexpr int kMostOutputs =
-      kMostColumns<ChannelSteps<T>>;  // of one product, beyond a panel those of the next
+  // Of one product: beyond a panel, those of the next one.
+  static constexpr int kMostOutputs = kMostColumns<ChannelSteps<T>>;
 
   static void begin() {}
   static void end() {}
