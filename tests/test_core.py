@@ -100,9 +100,17 @@ def ready_object(variant: Variant, source: str) -> str | None:
 
 
 def compiled_for_avx2(source: str) -> str | None:
-    """The source of AVX2 that says the same as this one of AVX-512."""
+    """The source of AVX2 that says the same as this one of AVX-512, but for names and the size of vectors."""
     twin = source.replace("_avx512.cpp", "_avx2.cpp")
-    return twin if twin != source and (ROOT / twin).exists() else None
+    if twin == source or not (ROOT / twin).exists():
+        return None
+    text = (
+        (ROOT / source)
+        .read_text()
+        .replace("avx512", "avx2")
+        .replace("DSCONV_VECTOR_BYTES 64", "DSCONV_VECTOR_BYTES 32")
+    )
+    return twin if text == (ROOT / twin).read_text() else None
 
 
 def compile_lines(variant: Variant, source: str) -> list[str]:
